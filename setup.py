@@ -1,0 +1,103 @@
+"""The compiled part of the build: one kernel source, one module per CPU target. Everything else is in pyproject.toml.
+
+Environment at build time:
+    FASTCE_OPENMP=auto|on|off   auto (default) probes the compiler and builds serial, with a message, if it has none
+    FASTCE_DEBUG_CHECKS=1       turn Cython's own bounds, None and overflow checks back on
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+KERNELS = Path("fastce/_kernels")
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
+# What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
+# (a baseline that needs the builder's machine) is undone here: these flags come last.
+TARGETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
+    TARGETS = {
+        "baseline": ["-march=x86-64", "-mtune=generic"],
+        "v3": ["-march=x86-64-v3", "-mtune=generic"],
+        "v4": ["-march=x86-64-v4", "-mtune=generic", "-mprefer-vector-width=512"],
+    }
+
+
+def openmp_flags():
+    """Return the OpenMP flags, or none where the compiler lacks it and FASTCE_OPENMP allows that."""
+    wanted = os.environ.get("FASTCE_OPENMP", "auto")
+    if wanted not in ("auto", "on", "off"):
+        raise SystemExit(f"FASTCE_OPENMP must be auto, on or off, got {wanted!r}")
+    if wanted == "off":
+        return []
+    if compiles_openmp():
+        return ["-fopenmp"]
+    message = "the C compiler has no OpenMP"
+    if wanted == "on":
+        raise SystemExit(f"FASTCE_OPENMP=on, but {message}")
+    print(f"fastce: {message}; building for one thread", file=sys.stderr)
+    return []
+
+
+def compiles_openmp():
+    """Return whether a program that calls OpenMP compiles and links (it is not run: the target may be another CPU)."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+        command = [*compiler, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
+
+
+def extension(module, source, target, openmp):
+    """Return one compiled module of fastce._kernels."""
+    return Extension(
+        f"fastce._kernels.{module}",
+        [str(KERNELS / source)],
+        include_dirs=[str(KERNELS), numpy.get_include()],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+            ("FASTCE_OPENMP", "1" if openmp else "0"),
+        ],
+        extra_compile_args=[*FLAGS, *TARGETS[target], *openmp],
+        extra_link_args=openmp,
+        depends=[str(KERNELS / "target.h"), str(KERNELS / "vexp.pxd")],
+    )
+
+
+def extensions():
+    """Return the processor probe and one module per target; each target's C source has a build folder of its own."""
+    checks = os.environ.get("FASTCE_DEBUG_CHECKS") == "1"
+    directives = {
+        "language_level": 3,
+        "boundscheck": checks,
+        "wraparound": False,
+        "initializedcheck": checks,
+        "nonecheck": checks,
+        "overflowcheck": checks,
+        "cdivision": True,
+        "embedsignature": True,
+        "freethreading_compatible": True,
+    }
+    openmp = openmp_flags()
+    modules = [("cpu", "cpu.pyx", "baseline", [])]
+    modules += [(f"rows_{target}", "rows.pyx", target, openmp) for target in TARGETS]
+    built = []
+    for module, source, target, flags in modules:
+        built += cythonize(
+            [extension(module, source, target, flags)], build_dir=f"build/{module}", compiler_directives=directives
+        )
+    return built
+
+
+setup(ext_modules=extensions())
