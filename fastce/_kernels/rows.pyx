@@ -1,0 +1,627 @@
+"""The row kernels: softmax cross-entropy of rows of logits and its gradient, float32 and float64, one text.
+
+Compiled once per CPU target (setup.py). Knows pointers, lengths and numbers and trusts them: class ids are in range
+or -1 (an ignored row, whose logits are never read); rows are contiguous, aligned and native.
+
+With t the row's class and e_j = e^(z_j) * 2^-shift for some integer shift (vexp.pxd):
+
+    others = sum_{j != t} e_j          summed without the target, never by subtracting it
+    S      = others + e_t
+    loss   = -log1p(-others/S)         where p_t >= 1/2: keeps every digit of a tiny loss
+           = log(S) + shift*ln2 - z_t  elsewhere, where it is at least log 2 and nothing cancels
+    grad_j = e_j * (scale/S),  grad_t = -(others/S) * scale, never p_t - 1
+
+Rounding in units of u = 2^-24 (2^-53): e_j 1.2; S 1.2 and 3 for its sum (three levels of additions in the dtype, then
+float64, compensated for float64 rows); scale/S 1; the product 1. Together 7.4 u = 4.4e-7 (8.2e-16). Every sum has a
+fixed order that depends on the row's length alone, so a row's bits depend on nothing but the row.
+"""
+
+from cython.parallel cimport parallel, prange, threadid
+from libc.math cimport INFINITY, NAN, fabs
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+cimport numpy as cnp
+
+from fastce._kernels.vexp cimport (
+    ExpWindow,
+    bits_of_double,
+    double_of_bits,
+    exp_shifted,
+    exp_window,
+    floating,
+    log_exponent,
+    log_mantissa,
+    shift_for,
+)
+
+cdef extern from "target.h" nogil:
+    int OPENMP "FASTCE_OPENMP"
+    int omp_get_max_threads "fastce_openmp_limit" ()
+    int watch_forks "fastce_watch_forks" ()
+    bint is_forked_child "fastce_is_forked_child" ()
+
+cnp.import_array()
+watch_forks()
+
+cdef enum:
+    LANES = 16              # of the sums: one 512-bit vector of float32
+    SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
+    CHUNK = 4096            # elements of a row that are added up before the next are looked at; half an L1 cache
+    SMALL_CLASSES = 48      # rows up to this length are taken many at a time, longer ones one by one
+    BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
+    BLOCK_ROWS = 128
+    TASK_ELEMENTS = 32768   # the least that a thread takes at a time
+    KEEP_CLASSES = 131072   # rows up to this length keep their exponentials (half an L2 cache of float32), longer
+                            # ones compute them a second time
+
+cdef double LN2_HIGH = 0.6931471805582987       # 38 bits: exact times any shift
+cdef double LN2_LOW = 1.6465949582897082e-12
+
+
+# One call's batch. `out` is NULL when no gradient is wanted, `scales` when every row's gradient is scaled alike.
+cdef struct Batch:
+    char* logits
+    Py_ssize_t logits_stride
+    char* out
+    Py_ssize_t out_stride
+    int64_t* ids
+    double* scales
+    double scale
+    double* losses
+    Py_ssize_t n_rows
+    Py_ssize_t n_classes
+
+
+# One thread's working memory: the exponentials of a block of rows, and a number of each kind for each of its rows.
+cdef struct Scratch:
+    char* terms             # e_j
+    char* gathered          # small rows side by side, when they do not lie so
+    double* others
+    double* at_target       # e_t
+    double* z_target
+    double* shift
+    double* scale
+    double* inverse         # 1/S
+    double* miss            # others/S = 1 - p_t
+    double* loss
+
+
+cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a < b else b
+
+
+cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
+    return (n + SUM_BLOCK - 1) // SUM_BLOCK * SUM_BLOCK
+
+
+# ---- exponentials and sums of one row ------------------------------------------------------------------------------
+
+# terms[i] = e^(x[i] - offset) * 2^-shift for i < n. What is left after the whole vectors goes through a buffer filled
+# up with -inf: no scalar loop, and nothing is read beyond x[n - 1].
+cdef void exp_terms(const floating* x, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
+    cdef floating offset = <floating>window.offset
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef Py_ssize_t i, whole = n - n % LANES
+    cdef floating[LANES] last
+    for i in range(whole):
+        terms[i] = exp_shifted(x[i], offset, low, high, magic)
+    if whole < n:
+        for i in range(LANES):
+            last[i] = -INFINITY
+        memcpy(last, x + whole, (n - whole) * sizeof(floating))
+        for i in range(LANES):
+            last[i] = exp_shifted(last[i], offset, low, high, magic)
+        memcpy(terms + whole, last, (n - whole) * sizeof(floating))
+
+
+# The sum of n terms, n a multiple of SUM_BLOCK: a tree over 8 vectors in the dtype, float64 lanes, a tree over lanes.
+# float64 lanes carry their rounding errors along (two-sum), which costs nothing: the adders are idle otherwise.
+cdef double sum_terms(const floating* terms, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, lane
+    cdef const floating* t
+    cdef double[LANES] total
+    cdef double[LANES] error
+    cdef double block, before, after, part
+    for lane in range(LANES):
+        total[lane] = 0.0
+        error[lane] = 0.0
+    for i in range(n // SUM_BLOCK):
+        t = terms + i * SUM_BLOCK
+        for lane in range(LANES):
+            block = <double>(
+                ((t[lane] + t[lane + 16]) + (t[lane + 32] + t[lane + 48]))
+                + ((t[lane + 64] + t[lane + 80]) + (t[lane + 96] + t[lane + 112]))
+            )
+            if floating is float:
+                total[lane] += block
+            else:
+                before = total[lane]
+                after = before + block
+                part = after - before
+                error[lane] += (before - (after - part)) + (block - part)
+                total[lane] = after
+    if floating is double:
+        for lane in range(LANES):
+            total[lane] += error[lane]
+    for lane in range(8):
+        total[lane] += total[lane + 8]
+    for lane in range(4):
+        total[lane] += total[lane + 4]
+    return (total[0] + total[2]) + (total[1] + total[3])
+
+
+cdef double row_maximum(const floating* x, Py_ssize_t n) noexcept nogil:
+    cdef floating[64] largest
+    cdef floating maximum
+    cdef Py_ssize_t i, lane
+    for lane in range(64):
+        largest[lane] = -INFINITY
+    for i in range(n // 64):
+        for lane in range(64):
+            largest[lane] = x[i * 64 + lane] if x[i * 64 + lane] > largest[lane] else largest[lane]
+    for i in range(n - n % 64, n):
+        largest[0] = x[i] if x[i] > largest[0] else largest[0]
+    maximum = largest[0]
+    for lane in range(1, 64):
+        maximum = largest[lane] if largest[lane] > maximum else maximum
+    return maximum
+
+
+# The largest magnitude that exp_shifted takes without an offset: n * ln2_high stays exact, and beyond it the
+# difference to the maximum is exact wherever a term is not 0 (Sterbenz: those lie within a factor 2 of the maximum).
+cdef inline double exp_limit(const floating* x) noexcept nogil:
+    if floating is float:
+        return 1000.0
+    else:
+        return 4096.0
+
+
+# The sum below which no term of a row was clamped at its window's high end.
+cdef inline double sum_limit(const floating* x) noexcept nogil:
+    if floating is float:
+        return 1.5e37    # 2^123.5
+    else:
+        return 3.9e306   # 2^1018.5
+
+
+# One sweep over the row: others and e_t, and where `keep` says so all terms (else those of the last chunk).
+cdef double sum_row(
+    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
+    double* at_target,
+) noexcept nogil:
+    cdef Py_ssize_t i, start, size
+    cdef floating* chunk
+    cdef double others = 0.0, error = 0.0, block, after, part
+    for i in range((n + CHUNK - 1) // CHUNK):
+        start = i * CHUNK
+        size = smaller(n - start, CHUNK)
+        chunk = terms + start if keep else terms
+        exp_terms(x + start, chunk, size, window)
+        if start <= t < start + size:
+            at_target[0] = chunk[t - start]
+            chunk[t - start] = 0
+        if size % SUM_BLOCK:
+            memset(chunk + size, 0, (SUM_BLOCK - size % SUM_BLOCK) * sizeof(floating))
+        block = sum_terms(chunk, size + (SUM_BLOCK - size % SUM_BLOCK) % SUM_BLOCK)
+        after = others + block
+        part = after - others
+        error += (others - (after - part)) + (block - part)
+        others = after
+    return others + error
+
+
+# Row r of the block: its numbers into the scratch. The first try scales by the target's own term and needs no
+# maximum; it fails when a logit exceeds the target's by more than the window (or is nan, or the target is -inf).
+cdef void take_row(
+    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* scratch, Py_ssize_t r,
+    ExpWindow* window,
+) noexcept nogil:
+    cdef double others, maximum, offset = 0.0, at_target = 0.0
+    if fabs(x[t]) <= exp_limit(x):
+        window[0] = exp_window(x, shift_for(x, x[t]), 0.0)
+        others = sum_row(x, terms, n, t, keep, window, &at_target)
+        if others < sum_limit(x):
+            put_row(scratch, r, others, at_target, x[t], window.shift)
+            return
+    maximum = row_maximum(x, n)
+    if fabs(maximum) == INFINITY:
+        window[0] = exp_window(x, 0.0, NAN)
+        put_row(scratch, r, NAN, NAN, NAN, 0.0)
+        return
+    if fabs(maximum) > exp_limit(x):
+        offset = maximum
+    window[0] = exp_window(x, shift_for(x, maximum - offset), offset)
+    others = sum_row(x, terms, n, t, keep, window, &at_target)
+    put_row(scratch, r, others, at_target, x[t] - offset, window.shift)
+
+
+cdef inline void put_row(
+    Scratch* scratch, Py_ssize_t r, double others, double at_target, double z_target, double shift
+) noexcept nogil:
+    scratch.others[r] = others
+    scratch.at_target[r] = at_target
+    scratch.z_target[r] = z_target
+    scratch.shift[r] = shift
+
+
+# ---- losses and gradients ------------------------------------------------------------------------------------------
+
+# Losses and gradient factors of the block's rows, in float64 vectors: no scalar logarithm, no library call.
+# log(1 - miss) is taken at its rounded argument and corrected by what the rounding lost. 0 * S carries a nan into the
+# loss (the bit tricks of the logarithm drop it) and turns -0.0 into 0.0.
+cdef void finish_rows(Scratch* scratch, Py_ssize_t n) noexcept nogil:
+    cdef double* others = scratch.others
+    cdef double* at_target = scratch.at_target
+    cdef double* z_target = scratch.z_target
+    cdef double* shift = scratch.shift
+    cdef double* inverse = scratch.inverse
+    cdef double* miss = scratch.miss
+    cdef double* loss = scratch.loss
+    cdef double total, x, lost, logarithm, exponent, z
+    cdef bint near
+    cdef Py_ssize_t r
+    for r in range(n):
+        total = others[r] + at_target[r]
+        inverse[r] = 1.0 / total
+        miss[r] = others[r] * inverse[r]
+        near = at_target[r] >= others[r]
+        x = 1.0 - miss[r] if near else total
+        lost = (1.0 - x) - miss[r] if near else 0.0
+        logarithm = log_mantissa(x) + lost * (2.0 - x)
+        exponent = log_exponent(x)
+        exponent = -exponent if near else exponent + shift[r]
+        logarithm = -logarithm if near else logarithm
+        z = 0.0 if near else z_target[r]
+        loss[r] = (exponent * LN2_HIGH - z) + (exponent * LN2_LOW + logarithm) + 0.0 * total
+
+
+# out[j] = terms[j] * (scale/S), out[t] = -miss * scale. Where scale/S leaves the normal numbers of the dtype the
+# product is taken in two steps, by the power of two in S and by the rest: the same bits, no underflow in between.
+cdef void write_row(
+    floating* out, const floating* terms, Py_ssize_t n, Py_ssize_t t, Scratch* scratch, Py_ssize_t r
+) noexcept nogil:
+    scale_terms(out, terms, n, scratch.scale[r], scratch.inverse[r])
+    out[t] = <floating>(0.0 - scratch.miss[r] * scratch.scale[r])
+
+
+cdef inline void scale_terms(
+    floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
+) noexcept nogil:
+    cdef double factor = scale * inverse
+    cdef floating single = <floating>factor
+    cdef floating power, rest
+    cdef double smallest, largest, inverse_power
+    cdef Py_ssize_t j
+    if floating is float:
+        smallest, largest = 1.1754943508222875e-38, 1.7014118346046923e38
+    else:
+        smallest, largest = 2.2250738585072014e-308, 8.98846567431158e307
+    if smallest <= fabs(factor) <= largest or factor == 0.0:
+        for j in range(n):
+            out[j] = terms[j] * single
+    else:
+        inverse_power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
+        power = <floating>inverse_power
+        rest = <floating>(scale * (inverse / inverse_power))
+        for j in range(n):
+            out[j] = (terms[j] * power) * rest
+
+
+# ---- blocks of rows ------------------------------------------------------------------------------------------------
+
+cdef void load_scales(const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(n):
+        scratch.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
+
+
+# Rows [first, first + n) of more than SMALL_CLASSES classes: all exponentials and sums, all logarithms, all products,
+# so that the end of one row hides behind the start of the next. Rows too long to keep are one to a block.
+cdef void take_rows(
+    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes
+    cdef bint keep = n_classes <= KEEP_CLASSES and batch.out != NULL
+    cdef Py_ssize_t width = padded(n_classes) if keep else 0
+    cdef floating* terms = <floating*>scratch.terms
+    cdef const floating* x
+    cdef floating* out
+    cdef int64_t t
+    cdef Py_ssize_t r, i, start, size
+    cdef ExpWindow window
+    load_scales(batch, scratch, first, n)
+    for r in range(n):
+        t = batch.ids[first + r]
+        if t < 0:
+            put_row(scratch, r, 0.0, 1.0, 0.0, 0.0)
+        else:
+            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+            take_row(x, terms + r * width, n_classes, t, keep, scratch, r, &window)
+    finish_rows(scratch, n)
+    for r in range(n):
+        batch.losses[first + r] = scratch.loss[r]
+    if batch.out == NULL:
+        return
+    for r in range(n):
+        t = batch.ids[first + r]
+        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        if t < 0:
+            memset(out, 0, n_classes * sizeof(floating))
+        elif keep:
+            write_row(out, terms + r * width, n_classes, t, scratch, r)
+        else:
+            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+            for i in range((n_classes + CHUNK - 1) // CHUNK):
+                start = i * CHUNK
+                size = smaller(n_classes - start, CHUNK)
+                exp_terms(x + start, terms, size, &window)
+                scale_terms(out + start, terms, size, scratch.scale[r], scratch.inverse[r])
+            out[t] = <floating>(0.0 - scratch.miss[r] * scratch.scale[r])
+
+
+# Rows [first, first + n) of at most SMALL_CLASSES classes: one sweep of exponentials over all of them, with one shift
+# for all (2^50: exact for rows whose sum lies between 2^-20 and 2^73); a row outside is taken by itself.
+cdef void take_small_rows(
+    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes
+    cdef Py_ssize_t row_bytes = n_classes * sizeof(floating)
+    cdef floating* terms = <floating*>scratch.terms
+    cdef const floating* x = <const floating*>(batch.logits + first * batch.logits_stride)
+    cdef floating* gathered = <floating*>scratch.gathered
+    cdef floating* row
+    cdef floating[SUM_BLOCK] alone
+    cdef int64_t* ids = batch.ids + first
+    cdef double others, total
+    cdef double[4] lanes
+    cdef int64_t t
+    cdef Py_ssize_t r, j, lane
+    cdef ExpWindow window, own
+    if batch.logits_stride != row_bytes:
+        for r in range(n):
+            memcpy(gathered + r * n_classes, batch.logits + (first + r) * batch.logits_stride, row_bytes)
+        x = gathered
+    load_scales(batch, scratch, first, n)
+    window = exp_window(like, small_shift(like), 0.0)
+    exp_terms(x, terms, n * n_classes, &window)
+    for r in range(n):
+        t = ids[r]
+        if t < 0:
+            put_row(scratch, r, 0.0, 1.0, 0.0, 0.0)
+            continue
+        row = terms + r * n_classes
+        put_row(scratch, r, 0.0, row[t], x[r * n_classes + t], window.shift)
+        row[t] = 0
+    for r in range(n):
+        if ids[r] < 0:
+            continue
+        row = terms + r * n_classes
+        for lane in range(4):
+            lanes[lane] = 0.0
+        for j in range(0, n_classes - 3, 4):
+            for lane in range(4):
+                lanes[lane] += row[j + lane]
+        for j in range(n_classes - n_classes % 4, n_classes):
+            lanes[j % 4] += row[j]
+        scratch.others[r] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+    for r in range(n):
+        total = scratch.others[r] + scratch.at_target[r]
+        if ids[r] >= 0 and not small_sum_low(like) <= total < sum_limit(like):
+            take_row(x + r * n_classes, alone, n_classes, ids[r], True, scratch, r, &own)
+            memcpy(terms + r * n_classes, alone, row_bytes)
+    finish_rows(scratch, n)
+    for r in range(n):
+        batch.losses[first + r] = scratch.loss[r]
+    if batch.out == NULL:
+        return
+    for r in range(n):
+        row = <floating*>(batch.out + (first + r) * batch.out_stride)
+        if ids[r] < 0:
+            memset(row, 0, row_bytes)
+        else:
+            write_row(row, terms + r * n_classes, n_classes, ids[r], scratch, r)
+
+
+cdef inline double small_shift(const floating* like) noexcept nogil:
+    if floating is float:
+        return -50.0
+    else:
+        return -500.0
+
+
+cdef inline double small_sum_low(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1073741824.0      # 2^30: what was flushed is below 2^-127 * 48 / 2^30 of the row's sum
+    else:
+        return 4.0e138           # 2^460
+
+
+# ---- the batch -----------------------------------------------------------------------------------------------------
+
+# Rows [first, first + n) in blocks; every thread calls this with its own scratch.
+cdef void take_task(
+    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t i, start, size
+    for i in range((n + block_rows - 1) // block_rows):
+        start = i * block_rows
+        size = smaller(block_rows, n - start)
+        if batch.n_classes <= SMALL_CLASSES:
+            take_small_rows(batch, scratch, first + start, size, like)
+        else:
+            take_rows(batch, scratch, first + start, size, like)
+
+
+cdef Scratch scratch_at(char* memory, Py_ssize_t terms_bytes) noexcept nogil:
+    cdef Scratch scratch
+    cdef double* numbers = <double*>(memory + 2 * terms_bytes)
+    scratch.terms = memory
+    scratch.gathered = memory + terms_bytes
+    scratch.others = numbers
+    scratch.at_target = numbers + BLOCK_ROWS
+    scratch.z_target = numbers + 2 * BLOCK_ROWS
+    scratch.shift = numbers + 3 * BLOCK_ROWS
+    scratch.scale = numbers + 4 * BLOCK_ROWS
+    scratch.inverse = numbers + 5 * BLOCK_ROWS
+    scratch.miss = numbers + 6 * BLOCK_ROWS
+    scratch.loss = numbers + 7 * BLOCK_ROWS
+    return scratch
+
+
+# The whole batch on `num_threads` threads; returns False when the scratch cannot be had, before anything is written.
+# One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
+cdef bint take_batch(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
+    cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
+    cdef bint small = n_classes <= SMALL_CLASSES
+    cdef Py_ssize_t block_rows, task_rows, n_tasks, task, terms_bytes, thread_bytes
+    cdef char* memory
+    cdef char* aligned
+    cdef Scratch scratch
+    if n_rows == 0:
+        return True
+    if small:
+        block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+        terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
+    elif n_classes <= BLOCK_ELEMENTS:
+        block_rows = BLOCK_ELEMENTS // padded(n_classes)
+        terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
+    else:
+        block_rows = 1
+        terms_bytes = (padded(n_classes) if n_classes <= KEEP_CLASSES else CHUNK) * sizeof(floating)
+    task_rows = larger(block_rows, TASK_ELEMENTS // n_classes // block_rows * block_rows)
+    n_tasks = (n_rows + task_rows - 1) // task_rows
+    num_threads = <int>smaller(num_threads, n_tasks)
+    thread_bytes = 2 * terms_bytes + 8 * BLOCK_ROWS * sizeof(double)
+    memory = <char*>malloc(num_threads * thread_bytes + 64)
+    if memory == NULL:
+        return False
+    aligned = memory + (64 - <uintptr_t>memory % 64) % 64
+    if num_threads == 1 or is_forked_child():
+        scratch = scratch_at(aligned, terms_bytes)
+        take_task(batch, &scratch, 0, n_rows, block_rows, like)
+    else:
+        for task in prange(n_tasks, num_threads=num_threads, schedule="dynamic", chunksize=1):
+            take_task_on_thread(
+                batch, aligned + threadid() * thread_bytes, terms_bytes, task * task_rows,
+                smaller(task_rows, n_rows - task * task_rows), block_rows, like,
+            )
+    free(memory)
+    return True
+
+
+cdef void take_task_on_thread(
+    const Batch* batch, char* memory, Py_ssize_t terms_bytes, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows,
+    const floating* like,
+) noexcept nogil:
+    cdef Scratch scratch = scratch_at(memory, terms_bytes)
+    take_task(batch, &scratch, first, n, block_rows, like)
+
+
+# ---- entry points --------------------------------------------------------------------------------------------------
+
+def cross_entropy_rows(
+    cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales, cnp.ndarray out,
+    int num_threads,
+):
+    """Fill `losses` (N,) float64 and, unless None, `out` (N, C) with d(sum of scale * loss)/d(logits).
+
+    `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
+    multiplies each row's gradient, or None for `scale` throughout; `out` may be `logits`.
+    """
+    cdef Batch batch
+    cdef bint done
+    cdef bint single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
+    batch.logits = <char*>cnp.PyArray_DATA(logits)
+    batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
+    batch.out = NULL if out is None else <char*>cnp.PyArray_DATA(out)
+    batch.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
+    batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
+    batch.scales = NULL if scales is None else <double*>cnp.PyArray_DATA(scales)
+    batch.scale = scale
+    batch.losses = <double*>cnp.PyArray_DATA(losses)
+    batch.n_rows = cnp.PyArray_DIM(logits, 0)
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    with nogil:
+        if single:
+            done = take_batch(&batch, num_threads, <const float*>NULL)
+        else:
+            done = take_batch(&batch, num_threads, <const double*>NULL)
+    if not done:
+        raise MemoryError("fastce could not allocate its working memory")
+
+
+def encode_ids(cnp.ndarray ids, Py_ssize_t n_classes, cnp.ndarray ignored):
+    """Return (lowest row whose id is neither ignored nor in [0, n_classes) or -1, number of live rows).
+
+    If there is no such row, ignored ids in `ids` (N,) int64 are replaced by -1, which is what the kernels skip.
+    """
+    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(ids)
+    cdef int64_t* skip = <int64_t*>cnp.PyArray_DATA(ignored)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(ids, 0), n_skip = cnp.PyArray_DIM(ignored, 0)
+    cdef Py_ssize_t i, j, hits, n_bad = 0, n_ignored = 0, first_bad = -1
+    with nogil:
+        for i in range(n):
+            n_bad += <uint64_t>t[i] >= <uint64_t>n_classes
+        for j in range(n_skip):
+            hits = 0
+            for i in range(n):
+                hits += t[i] == skip[j]
+            n_ignored += hits
+            if <uint64_t>skip[j] >= <uint64_t>n_classes:
+                n_bad -= hits
+        if n_bad:
+            first_bad = 0
+            while not is_bad(t[first_bad], n_classes, skip, n_skip):
+                first_bad += 1
+        elif n_ignored:
+            for j in range(n_skip):
+                for i in range(n):
+                    t[i] = -1 if t[i] == skip[j] else t[i]
+    return first_bad, n - n_ignored
+
+
+cdef bint is_bad(int64_t t, Py_ssize_t n_classes, const int64_t* skip, Py_ssize_t n_skip) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n_skip):
+        if t == skip[j]:
+            return False
+    return <uint64_t>t >= <uint64_t>n_classes
+
+
+cdef double pairwise_sum(const double* x, Py_ssize_t n) noexcept nogil:
+    cdef double[8] lanes
+    cdef Py_ssize_t i, lane, half
+    if n > 256:
+        half = n // 512 * 256 if n >= 512 else 256
+        return pairwise_sum(x, half) + pairwise_sum(x + half, n - half)
+    for lane in range(8):
+        lanes[lane] = 0.0
+    for i in range(0, n - 7, 8):
+        for lane in range(8):
+            lanes[lane] += x[i + lane]
+    for i in range(n - n % 8, n):
+        lanes[i % 8] += x[i]
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+
+
+def sum_losses(cnp.ndarray losses):
+    """Return the sum of `losses` (N,) float64: pairwise over fixed blocks, so its bits depend on the values alone."""
+    return pairwise_sum(<double*>cnp.PyArray_DATA(losses), cnp.PyArray_DIM(losses, 0))
+
+
+def has_openmp():
+    """Return whether this module was built with OpenMP."""
+    return OPENMP != 0
+
+
+def openmp_limit():
+    """Return the number of threads that OpenMP would use for the calling thread, 1 without it."""
+    return omp_get_max_threads()
