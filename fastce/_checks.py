@@ -6,6 +6,7 @@ shapes and values, IndexError for class ids out of range. All of them are raised
 
 import math
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -57,11 +58,10 @@ def as_ignored(ignore_index):
     """Return the ids to ignore as an int64 array without repetitions."""
     if ignore_index is None:
         return np.empty(0, np.int64)
-    values = [ignore_index] if not isinstance(ignore_index, (list, tuple, set, frozenset, range, np.ndarray)) else ignore_index
-    if isinstance(values, np.ndarray):
-        values = values.reshape(-1).tolist()
-    ignored = []
-    for value in values:
+    if isinstance(ignore_index, np.ndarray):
+        ignore_index = ignore_index.tolist()
+    ignored: list[int] = []
+    for value in ignore_index if isinstance(ignore_index, Iterable) else [ignore_index]:
         try:
             if isinstance(value, (bool, np.bool_)):
                 raise TypeError
@@ -95,15 +95,12 @@ def as_class_ids(targets, logits_shape, axis, ignored):
 
 def check_targets_match(array, logits_shape, row_shape, axis):
     """Raise unless `array` holds integers of the rows' shape; say which likely mistake was made."""
-    kind = array.dtype.kind
-    if kind not in "iu" and array.shape == row_shape or kind not in "iuf":
+    if array.dtype.kind not in "iu":
+        remedy = "; convert with .astype(np.int64)" if array.dtype.kind in "fb" else ""
         raise TypeError(
-            f"targets: class ids must be integers, got {array.dtype}"
-            + ("; convert a mask with .astype(np.int64)" if kind == "b" else "")
-            + ("; convert with .astype(np.int64)" if kind == "f" else "")
+            f"targets: class ids must be integers of shape {row_shape}, "
+            f"got {array.dtype} of shape {array.shape}{remedy}"
         )
-    if kind == "f":
-        raise TypeError(f"targets: class ids must be integers of shape {row_shape}, got {array.dtype} of shape {array.shape}")
     if array.shape == row_shape:
         return
     expected = f"targets must have the shape of logits without the class axis, {row_shape}"
@@ -242,7 +239,7 @@ def overlaps_itself(array):
 def share_memory(a, b):
     """Return whether two arrays share an element; an undecided case counts as sharing."""
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

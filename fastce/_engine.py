@@ -93,7 +93,7 @@ def default_threads():
     return max(1, min(kernels.openmp_limit(), usable_cpus(), MAX_THREADS))
 
 
-WARNED = set()
+WARNED: set[str] = set()
 
 
 def warn_once(message):
@@ -111,19 +111,36 @@ def usable_cpus():
 
 
 def cgroup_cpus():
-    """Return the CPU quota of this process's control group in whole CPUs (rounded up), or a huge number."""
-    readers = (
-        ("/sys/fs/cgroup/cpu.max", lambda text: text.split()),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda text: [text, Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()]),
-    )
-    for path, fields in readers:
-        try:
-            quota, period = fields(Path(path).read_text())
-            if int(quota) > 0:
-                return max(1, -(-int(quota) // int(period)))
-        except (OSError, ValueError):
+    """Return the CPU quota of this process's control groups in whole CPUs, rounded up, or a huge number."""
+    least = 1 << 20
+    for quota, period in cgroup_quotas():
+        if quota.isdecimal() and int(quota) > 0:
+            least = min(least, max(1, -(-int(quota) // int(period))))
+    return least
+
+
+def cgroup_quotas():
+    """Yield (quota, period) as text for the control group of this process and those above it, versions 2 and 1."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, name in groups:
+        if controllers and "cpu" not in controllers.split(","):
             continue
-    return 1 << 20
+        root = Path("/sys/fs/cgroup", "cpu" if controllers else "")
+        folder = root / name.lstrip("/")
+        for place in (folder, *folder.parents):
+            try:
+                if controllers:
+                    yield (place / "cpu.cfs_quota_us").read_text().strip(), (place / "cpu.cfs_period_us").read_text()
+                else:
+                    quota, period = (place / "cpu.max").read_text().split()
+                    yield quota, period
+            except (OSError, ValueError):
+                pass
+            if place == root:
+                break
 
 
 CGROUP_CPUS = cgroup_cpus()
@@ -136,7 +153,12 @@ def threads_for(n_elements, num_threads):
     return 1 if n_elements < SERIAL_ELEMENTS else default_threads()
 
 
-# ---- the walk ------------------------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------------------------
+
+
+def plain_cross_entropy(logits, targets, out, with_grad):
+    """Return (mean loss, gradient or None) of a call without options on plain arrays, or None if it is not one."""
+    return kernels.plain_cross_entropy(logits, targets, out, with_grad, SERIAL_ELEMENTS, default_threads)
 
 
 def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):

@@ -73,8 +73,7 @@ def _as_rows(logits, targets, axis, ignore_index):
     row_shape = by_class.shape[:-1]
     rows = by_class.reshape(-1, by_class.shape[-1]).copy()
     ids = np.asarray(targets).reshape(-1)
-    ignored = [] if ignore_index is None else np.atleast_1d(ignore_index)
-    live = ~np.isin(ids, ignored)
+    live = np.ones(ids.shape, bool) if ignore_index is None else ~np.isin(ids, ignore_index)
     return rows, ids, live, row_shape
 
 

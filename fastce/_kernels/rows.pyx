@@ -16,9 +16,9 @@ float64, compensated for float64 rows); scale/S 1; the product 1. Together 7.4 u
 fixed order that depends on the row's length alone, so a row's bits depend on nothing but the row.
 """
 
-from cython.parallel cimport parallel, prange, threadid
+from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -41,6 +41,8 @@ cdef extern from "target.h" nogil:
     int omp_get_max_threads "fastce_openmp_limit" ()
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
+    void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, double* lanes)
+    void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, double* lanes)
 
 cnp.import_array()
 watch_forks()
@@ -49,10 +51,14 @@ cdef enum:
     LANES = 16              # of the sums: one 512-bit vector of float32
     SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
     CHUNK = 4096            # elements of a row that are added up before the next are looked at; half an L1 cache
+    SMALL_LANES = 8         # of the sums of small rows
     SMALL_CLASSES = 48      # rows up to this length are taken many at a time, longer ones one by one
     BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
     BLOCK_ROWS = 128
     TASK_ELEMENTS = 32768   # the least that a thread takes at a time
+    GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
+    PLAIN_ELEMENTS = 67108864   # batches above are walked in slabs, between which Ctrl-C is noticed
+    IGNORE_INDEX = -100
     KEEP_CLASSES = 131072   # rows up to this length keep their exponentials (half an L2 cache of float32), longer
                             # ones compute them a second time
 
@@ -74,18 +80,20 @@ cdef struct Batch:
     Py_ssize_t n_classes
 
 
-# One thread's working memory: the exponentials of a block of rows, and a number of each kind for each of its rows.
+# One thread's working memory: a number of each kind for each row of a block, and the block's exponentials. Arrays in
+# one struct, so that the compiler knows them apart and takes the rows in vectors.
 cdef struct Scratch:
-    char* terms             # e_j
-    char* gathered          # small rows side by side, when they do not lie so
-    double* others
-    double* at_target       # e_t
-    double* z_target
-    double* shift
-    double* scale
-    double* inverse         # 1/S
-    double* miss            # others/S = 1 - p_t
-    double* loss
+    double[BLOCK_ROWS] others
+    double[BLOCK_ROWS] at_target        # e_t
+    double[BLOCK_ROWS] z_target
+    double[BLOCK_ROWS] shift
+    double[BLOCK_ROWS] scale            # of the row's gradient
+    double[BLOCK_ROWS] inverse          # 1/S
+    double[BLOCK_ROWS] miss             # others/S = 1 - p_t
+    double[BLOCK_ROWS] loss
+    double[BLOCK_ROWS * SMALL_LANES] partial
+    double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
+    double[1] terms                     # e_j; as many as the block needs, from here on
 
 
 cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -218,10 +226,10 @@ cdef double sum_row(
     return others + error
 
 
-# Row r of the block: its numbers into the scratch. The first try scales by the target's own term and needs no
+# Row r of the block: its numbers into the rows. The first try scales by the target's own term and needs no
 # maximum; it fails when a logit exceeds the target's by more than the window (or is nan, or the target is -inf).
 cdef void take_row(
-    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* scratch, Py_ssize_t r,
+    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* rows, Py_ssize_t r,
     ExpWindow* window,
 ) noexcept nogil:
     cdef double others, maximum, offset = 0.0, at_target = 0.0
@@ -229,27 +237,27 @@ cdef void take_row(
         window[0] = exp_window(x, shift_for(x, x[t]), 0.0)
         others = sum_row(x, terms, n, t, keep, window, &at_target)
         if others < sum_limit(x):
-            put_row(scratch, r, others, at_target, x[t], window.shift)
+            put_row(rows, r, others, at_target, x[t], window.shift)
             return
     maximum = row_maximum(x, n)
     if fabs(maximum) == INFINITY:
         window[0] = exp_window(x, 0.0, NAN)
-        put_row(scratch, r, NAN, NAN, NAN, 0.0)
+        put_row(rows, r, NAN, NAN, NAN, 0.0)
         return
     if fabs(maximum) > exp_limit(x):
         offset = maximum
     window[0] = exp_window(x, shift_for(x, maximum - offset), offset)
     others = sum_row(x, terms, n, t, keep, window, &at_target)
-    put_row(scratch, r, others, at_target, x[t] - offset, window.shift)
+    put_row(rows, r, others, at_target, x[t] - offset, window.shift)
 
 
 cdef inline void put_row(
-    Scratch* scratch, Py_ssize_t r, double others, double at_target, double z_target, double shift
+    Scratch* rows, Py_ssize_t r, double others, double at_target, double z_target, double shift
 ) noexcept nogil:
-    scratch.others[r] = others
-    scratch.at_target[r] = at_target
-    scratch.z_target[r] = z_target
-    scratch.shift[r] = shift
+    rows.others[r] = others
+    rows.at_target[r] = at_target
+    rows.z_target[r] = z_target
+    rows.shift[r] = shift
 
 
 # ---- losses and gradients ------------------------------------------------------------------------------------------
@@ -257,54 +265,42 @@ cdef inline void put_row(
 # Losses and gradient factors of the block's rows, in float64 vectors: no scalar logarithm, no library call.
 # log(1 - miss) is taken at its rounded argument and corrected by what the rounding lost. 0 * S carries a nan into the
 # loss (the bit tricks of the logarithm drop it) and turns -0.0 into 0.0.
-cdef void finish_rows(Scratch* scratch, Py_ssize_t n) noexcept nogil:
-    cdef double* others = scratch.others
-    cdef double* at_target = scratch.at_target
-    cdef double* z_target = scratch.z_target
-    cdef double* shift = scratch.shift
-    cdef double* inverse = scratch.inverse
-    cdef double* miss = scratch.miss
-    cdef double* loss = scratch.loss
-    cdef double total, x, lost, logarithm, exponent, z
-    cdef bint near
+cdef void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
+    cdef double total, miss, x, lost, logarithm, exponent, z
     cdef Py_ssize_t r
     for r in range(n):
-        total = others[r] + at_target[r]
-        inverse[r] = 1.0 / total
-        miss[r] = others[r] * inverse[r]
-        near = at_target[r] >= others[r]
-        x = 1.0 - miss[r] if near else total
-        lost = (1.0 - x) - miss[r] if near else 0.0
+        total = rows.others[r] + rows.at_target[r]
+        rows.inverse[r] = 1.0 / total
+        miss = rows.others[r] * rows.inverse[r]
+        rows.miss[r] = miss
+        x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
+        lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
         logarithm = log_mantissa(x) + lost * (2.0 - x)
         exponent = log_exponent(x)
-        exponent = -exponent if near else exponent + shift[r]
-        logarithm = -logarithm if near else logarithm
-        z = 0.0 if near else z_target[r]
-        loss[r] = (exponent * LN2_HIGH - z) + (exponent * LN2_LOW + logarithm) + 0.0 * total
+        z = 0.0 if rows.at_target[r] >= rows.others[r] else rows.z_target[r]
+        logarithm = -logarithm if rows.at_target[r] >= rows.others[r] else logarithm
+        exponent = -exponent if rows.at_target[r] >= rows.others[r] else exponent + rows.shift[r]
+        rows.loss[r] = (exponent * LN2_HIGH - z) + (exponent * LN2_LOW + logarithm) + 0.0 * total
 
 
 # out[j] = terms[j] * (scale/S), out[t] = -miss * scale. Where scale/S leaves the normal numbers of the dtype the
 # product is taken in two steps, by the power of two in S and by the rest: the same bits, no underflow in between.
 cdef void write_row(
-    floating* out, const floating* terms, Py_ssize_t n, Py_ssize_t t, Scratch* scratch, Py_ssize_t r
+    floating* out, const floating* terms, Py_ssize_t n, Py_ssize_t t, Scratch* rows, Py_ssize_t r
 ) noexcept nogil:
-    scale_terms(out, terms, n, scratch.scale[r], scratch.inverse[r])
-    out[t] = <floating>(0.0 - scratch.miss[r] * scratch.scale[r])
+    scale_terms(out, terms, n, rows.scale[r], rows.inverse[r])
+    out[t] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
 
 
-cdef inline void scale_terms(
+cdef void scale_terms(
     floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
 ) noexcept nogil:
     cdef double factor = scale * inverse
     cdef floating single = <floating>factor
     cdef floating power, rest
-    cdef double smallest, largest, inverse_power
+    cdef double inverse_power
     cdef Py_ssize_t j
-    if floating is float:
-        smallest, largest = 1.1754943508222875e-38, 1.7014118346046923e38
-    else:
-        smallest, largest = 2.2250738585072014e-308, 8.98846567431158e307
-    if smallest <= fabs(factor) <= largest or factor == 0.0:
+    if is_normal(out, factor):
         for j in range(n):
             out[j] = terms[j] * single
     else:
@@ -315,39 +311,59 @@ cdef inline void scale_terms(
             out[j] = (terms[j] * power) * rest
 
 
+# Whether `factor` is 0, nan or a normal number of the dtype, with room to spare.
+cdef inline bint is_normal(const floating* like, double factor) noexcept nogil:
+    cdef double magnitude = 1.0 if factor == 0.0 else fabs(factor)
+    return not (magnitude < smallest_factor(like) or magnitude > largest_factor(like))
+
+
+cdef inline double smallest_factor(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1.1754943508222875e-38
+    else:
+        return 2.2250738585072014e-308
+
+
+cdef inline double largest_factor(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1.7014118346046923e38
+    else:
+        return 8.98846567431158e307
+
+
 # ---- blocks of rows ------------------------------------------------------------------------------------------------
 
-cdef void load_scales(const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+cdef void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r
     for r in range(n):
-        scratch.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
+        rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
 
 
 # Rows [first, first + n) of more than SMALL_CLASSES classes: all exponentials and sums, all logarithms, all products,
 # so that the end of one row hides behind the start of the next. Rows too long to keep are one to a block.
 cdef void take_rows(
-    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, const floating* like
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes
     cdef bint keep = n_classes <= KEEP_CLASSES and batch.out != NULL
     cdef Py_ssize_t width = padded(n_classes) if keep else 0
-    cdef floating* terms = <floating*>scratch.terms
+    cdef floating* terms = <floating*>rows.terms
     cdef const floating* x
     cdef floating* out
     cdef int64_t t
     cdef Py_ssize_t r, i, start, size
     cdef ExpWindow window
-    load_scales(batch, scratch, first, n)
+    load_scales(batch, rows, first, n)
     for r in range(n):
         t = batch.ids[first + r]
         if t < 0:
-            put_row(scratch, r, 0.0, 1.0, 0.0, 0.0)
+            put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
         else:
             x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-            take_row(x, terms + r * width, n_classes, t, keep, scratch, r, &window)
-    finish_rows(scratch, n)
+            take_row(x, terms + r * width, n_classes, t, keep, rows, r, &window)
+    finish_rows(rows, n)
     for r in range(n):
-        batch.losses[first + r] = scratch.loss[r]
+        batch.losses[first + r] = rows.loss[r]
     if batch.out == NULL:
         return
     for r in range(n):
@@ -356,78 +372,118 @@ cdef void take_rows(
         if t < 0:
             memset(out, 0, n_classes * sizeof(floating))
         elif keep:
-            write_row(out, terms + r * width, n_classes, t, scratch, r)
+            write_row(out, terms + r * width, n_classes, t, rows, r)
         else:
             x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
             for i in range((n_classes + CHUNK - 1) // CHUNK):
                 start = i * CHUNK
                 size = smaller(n_classes - start, CHUNK)
                 exp_terms(x + start, terms, size, &window)
-                scale_terms(out + start, terms, size, scratch.scale[r], scratch.inverse[r])
-            out[t] = <floating>(0.0 - scratch.miss[r] * scratch.scale[r])
+                scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
+            out[t] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
 
 
 # Rows [first, first + n) of at most SMALL_CLASSES classes: one sweep of exponentials over all of them, with one shift
 # for all (2^50: exact for rows whose sum lies between 2^-20 and 2^73); a row outside is taken by itself.
 cdef void take_small_rows(
-    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, const floating* like
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes
     cdef Py_ssize_t row_bytes = n_classes * sizeof(floating)
-    cdef floating* terms = <floating*>scratch.terms
+    cdef floating* terms = <floating*>rows.terms
     cdef const floating* x = <const floating*>(batch.logits + first * batch.logits_stride)
-    cdef floating* gathered = <floating*>scratch.gathered
-    cdef floating* row
+    cdef floating* gathered = <floating*>rows.gathered
     cdef floating[SUM_BLOCK] alone
     cdef int64_t* ids = batch.ids + first
-    cdef double others, total
-    cdef double[4] lanes
+    cdef double total
     cdef int64_t t
-    cdef Py_ssize_t r, j, lane
+    cdef Py_ssize_t r, n_outside = 0
     cdef ExpWindow window, own
     if batch.logits_stride != row_bytes:
         for r in range(n):
             memcpy(gathered + r * n_classes, batch.logits + (first + r) * batch.logits_stride, row_bytes)
         x = gathered
-    load_scales(batch, scratch, first, n)
     window = exp_window(like, small_shift(like), 0.0)
     exp_terms(x, terms, n * n_classes, &window)
     for r in range(n):
+        rows.shift[r] = window.shift
         t = ids[r]
         if t < 0:
-            put_row(scratch, r, 0.0, 1.0, 0.0, 0.0)
-            continue
-        row = terms + r * n_classes
-        put_row(scratch, r, 0.0, row[t], x[r * n_classes + t], window.shift)
-        row[t] = 0
-    for r in range(n):
-        if ids[r] < 0:
-            continue
-        row = terms + r * n_classes
-        for lane in range(4):
-            lanes[lane] = 0.0
-        for j in range(0, n_classes - 3, 4):
-            for lane in range(4):
-                lanes[lane] += row[j + lane]
-        for j in range(n_classes - n_classes % 4, n_classes):
-            lanes[j % 4] += row[j]
-        scratch.others[r] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
-    for r in range(n):
-        total = scratch.others[r] + scratch.at_target[r]
-        if ids[r] >= 0 and not small_sum_low(like) <= total < sum_limit(like):
-            take_row(x + r * n_classes, alone, n_classes, ids[r], True, scratch, r, &own)
-            memcpy(terms + r * n_classes, alone, row_bytes)
-    finish_rows(scratch, n)
-    for r in range(n):
-        batch.losses[first + r] = scratch.loss[r]
-    if batch.out == NULL:
-        return
-    for r in range(n):
-        row = <floating*>(batch.out + (first + r) * batch.out_stride)
-        if ids[r] < 0:
-            memset(row, 0, row_bytes)
+            memset(terms + r * n_classes, 0, row_bytes)
+            rows.at_target[r] = small_sum_low(like)
+            rows.z_target[r] = 0.0
         else:
-            write_row(row, terms + r * n_classes, n_classes, ids[r], scratch, r)
+            rows.at_target[r] = terms[r * n_classes + t]
+            rows.z_target[r] = x[r * n_classes + t]
+            terms[r * n_classes + t] = 0
+    sum_small_rows(terms, n_classes, n, rows)
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
+    if n_outside:
+        for r in range(n):
+            total = rows.others[r] + rows.at_target[r]
+            if not small_sum_low(like) <= total < sum_limit(like):
+                take_row(x + r * n_classes, alone, n_classes, ids[r], True, rows, r, &own)
+                memcpy(terms + r * n_classes, alone, row_bytes)
+    load_scales(batch, rows, first, n)
+    finish_rows(rows, n)
+    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    if batch.out != NULL:
+        write_small_rows(
+            <floating*>(batch.out + first * batch.out_stride), batch.out_stride, terms, n_classes, ids, n, rows,
+        )
+
+
+# others[r] = the sum of row r of `terms`, in float64: 8 lanes over the row, then a tree over the lanes of 8 rows at a
+# time. Loads run up to 7 elements past a row's end, into the next row or the slack behind the block.
+cdef void sum_small_rows(const floating* terms, Py_ssize_t n_classes, Py_ssize_t n, Scratch* rows) noexcept nogil:
+    cdef double* p = rows.partial
+    cdef Py_ssize_t r, i
+    for r in range(n):
+        if floating is float:
+            sum_lanes_float(terms + r * n_classes, n_classes, p + r * SMALL_LANES)
+        else:
+            sum_lanes_double(terms + r * n_classes, n_classes, p + r * SMALL_LANES)
+    for r in range(n):
+        i = r * SMALL_LANES
+        rows.others[r] = ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])) + ((p[i + 4] + p[i + 5]) + (p[i + 6] + p[i + 7]))
+
+
+# The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
+# written after it; the last rows, where that would leave the block, and rows apart are written exactly.
+cdef void write_small_rows(
+    floating* out, Py_ssize_t out_stride, const floating* terms, Py_ssize_t n_classes, const int64_t* ids,
+    Py_ssize_t n, Scratch* rows,
+) noexcept nogil:
+    cdef Py_ssize_t r, j, lane, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t n_over = n - (n_vectors * LANES + n_classes - 1) // n_classes
+    cdef double* factor = rows.partial
+    cdef double magnitude
+    cdef floating[LANES] vector
+    cdef floating single
+    cdef floating* row
+    for r in range(n):
+        factor[r] = rows.scale[r] * rows.inverse[r]
+        magnitude = 1.0 if factor[r] == 0.0 else fabs(factor[r])
+        n_special += 1 if magnitude < smallest_factor(out) else 0
+        n_special += 1 if magnitude > largest_factor(out) else 0
+    if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
+        n_over = 0
+    for r in range(n):
+        row = <floating*>(<char*>out + r * out_stride)
+        if r >= n_over:
+            scale_terms(row, terms + r * n_classes, n_classes, rows.scale[r], rows.inverse[r])
+            continue
+        single = <floating>factor[r]
+        for j in range(n_vectors):
+            for lane in range(LANES):
+                vector[lane] = terms[r * n_classes + j * LANES + lane] * single
+            memcpy(row + j * LANES, vector, sizeof(vector))
+    for r in range(n):
+        if ids[r] >= 0:
+            row = <floating*>(<char*>out + r * out_stride)
+            row[ids[r]] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:
@@ -446,48 +502,30 @@ cdef inline double small_sum_low(const floating* like) noexcept nogil:
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
 
-# Rows [first, first + n) in blocks; every thread calls this with its own scratch.
+# Rows [first, first + n) in blocks; every thread calls this with its own rows.
 cdef void take_task(
-    const Batch* batch, Scratch* scratch, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows, const floating* like
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t i, start, size
     for i in range((n + block_rows - 1) // block_rows):
         start = i * block_rows
         size = smaller(block_rows, n - start)
         if batch.n_classes <= SMALL_CLASSES:
-            take_small_rows(batch, scratch, first + start, size, like)
+            take_small_rows(batch, rows, first + start, size, like)
         else:
-            take_rows(batch, scratch, first + start, size, like)
-
-
-cdef Scratch scratch_at(char* memory, Py_ssize_t terms_bytes) noexcept nogil:
-    cdef Scratch scratch
-    cdef double* numbers = <double*>(memory + 2 * terms_bytes)
-    scratch.terms = memory
-    scratch.gathered = memory + terms_bytes
-    scratch.others = numbers
-    scratch.at_target = numbers + BLOCK_ROWS
-    scratch.z_target = numbers + 2 * BLOCK_ROWS
-    scratch.shift = numbers + 3 * BLOCK_ROWS
-    scratch.scale = numbers + 4 * BLOCK_ROWS
-    scratch.inverse = numbers + 5 * BLOCK_ROWS
-    scratch.miss = numbers + 6 * BLOCK_ROWS
-    scratch.loss = numbers + 7 * BLOCK_ROWS
-    return scratch
+            take_rows(batch, rows, first + start, size, like)
 
 
 # The whole batch on `num_threads` threads; returns False when the scratch cannot be had, before anything is written.
 # One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
 cdef bint take_batch(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
-    cdef bint small = n_classes <= SMALL_CLASSES
     cdef Py_ssize_t block_rows, task_rows, n_tasks, task, terms_bytes, thread_bytes
     cdef char* memory
     cdef char* aligned
-    cdef Scratch scratch
     if n_rows == 0:
         return True
-    if small:
+    if n_classes <= SMALL_CLASSES:
         block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
         terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
     elif n_classes <= BLOCK_ELEMENTS:
@@ -499,30 +537,22 @@ cdef bint take_batch(const Batch* batch, int num_threads, const floating* like) 
     task_rows = larger(block_rows, TASK_ELEMENTS // n_classes // block_rows * block_rows)
     n_tasks = (n_rows + task_rows - 1) // task_rows
     num_threads = <int>smaller(num_threads, n_tasks)
-    thread_bytes = 2 * terms_bytes + 8 * BLOCK_ROWS * sizeof(double)
+    thread_bytes = sizeof(Scratch) + terms_bytes + SUM_BLOCK * sizeof(floating)
+    thread_bytes += (64 - thread_bytes % 64) % 64
     memory = <char*>malloc(num_threads * thread_bytes + 64)
     if memory == NULL:
         return False
     aligned = memory + (64 - <uintptr_t>memory % 64) % 64
     if num_threads == 1 or is_forked_child():
-        scratch = scratch_at(aligned, terms_bytes)
-        take_task(batch, &scratch, 0, n_rows, block_rows, like)
+        take_task(batch, <Scratch*>aligned, 0, n_rows, block_rows, like)
     else:
         for task in prange(n_tasks, num_threads=num_threads, schedule="dynamic", chunksize=1):
-            take_task_on_thread(
-                batch, aligned + threadid() * thread_bytes, terms_bytes, task * task_rows,
+            take_task(
+                batch, <Scratch*>(aligned + threadid() * thread_bytes), task * task_rows,
                 smaller(task_rows, n_rows - task * task_rows), block_rows, like,
             )
     free(memory)
     return True
-
-
-cdef void take_task_on_thread(
-    const Batch* batch, char* memory, Py_ssize_t terms_bytes, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows,
-    const floating* like,
-) noexcept nogil:
-    cdef Scratch scratch = scratch_at(memory, terms_bytes)
-    take_task(batch, &scratch, first, n, block_rows, like)
 
 
 # ---- entry points --------------------------------------------------------------------------------------------------
@@ -537,8 +567,6 @@ def cross_entropy_rows(
     multiplies each row's gradient, or None for `scale` throughout; `out` may be `logits`.
     """
     cdef Batch batch
-    cdef bint done
-    cdef bint single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
     batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
     batch.out = NULL if out is None else <char*>cnp.PyArray_DATA(out)
@@ -549,13 +577,121 @@ def cross_entropy_rows(
     batch.losses = <double*>cnp.PyArray_DATA(losses)
     batch.n_rows = cnp.PyArray_DIM(logits, 0)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
-    with nogil:
-        if single:
-            done = take_batch(&batch, num_threads, <const float*>NULL)
-        else:
-            done = take_batch(&batch, num_threads, <const double*>NULL)
+    if not take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32):
+        raise MemoryError("fastce could not allocate its working memory")
+
+
+# The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), no options, the mean. Whatever
+# is not plain, errors included, is left to the general way: the answer is None and nothing has been written.
+def plain_cross_entropy(logits, targets, out, bint with_grad, Py_ssize_t serial_elements, choose_threads):
+    """Return (mean loss, gradient or None) of a plain call, or None if it is not one."""
+    cdef Batch batch
+    cdef Py_ssize_t n_rows, n_classes, n_live
+    cdef int num_threads = 1
+    cdef int kind
+    cdef bint done
+    cdef double total
+    cdef char* memory
+    if not is_plain(logits, 2) or not is_plain(targets, 1):
+        return None
+    kind = cnp.PyArray_TYPE(logits)
+    n_rows = cnp.PyArray_DIM(logits, 0)
+    n_classes = cnp.PyArray_DIM(logits, 1)
+    if (
+        kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+        or cnp.PyArray_TYPE(targets) not in (cnp.NPY_INT64, cnp.NPY_INT32)
+        or cnp.PyArray_DIM(targets, 0) != n_rows
+        or n_rows == 0
+        or n_classes == 0
+        or n_rows * n_classes > PLAIN_ELEMENTS
+        or (out is not None and not is_plain_out(out, logits))
+    ):
+        return None
+    memory = <char*>malloc(n_rows * (sizeof(int64_t) + sizeof(double)))
+    if memory == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.losses = <double*>memory
+    batch.ids = <int64_t*>(memory + n_rows * sizeof(double))
+    n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes)
+    if n_live <= 0:
+        free(memory)
+        return None
+    try:
+        if n_rows * n_classes >= serial_elements:
+            num_threads = choose_threads()
+        if with_grad and out is None:
+            out = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+        batch.logits = <char*>cnp.PyArray_DATA(logits)
+        batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
+        batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
+        batch.out_stride = batch.logits_stride
+        batch.scales = NULL
+        batch.scale = 1.0 / n_live
+        batch.n_rows = n_rows
+        batch.n_classes = n_classes
+        done = take_any_batch(&batch, num_threads, kind == cnp.NPY_FLOAT32)
+        total = pairwise_sum(batch.losses, n_rows)
+    finally:
+        free(memory)
     if not done:
         raise MemoryError("fastce could not allocate its working memory")
+    return total / n_live, out
+
+
+cdef inline bint is_plain(array, int n_axes) noexcept:
+    return (
+        cnp.PyArray_CheckExact(array)
+        and cnp.PyArray_NDIM(array) == n_axes
+        and cnp.PyArray_ISCARRAY_RO(array)
+    )
+
+
+cdef inline bint is_plain_out(out, logits) noexcept:
+    cdef char* a
+    cdef char* b
+    if not (
+        is_plain(out, 2)
+        and cnp.PyArray_ISWRITEABLE(out)
+        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(logits, 0)
+        and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(logits, 1)
+    ):
+        return False
+    a, b = <char*>cnp.PyArray_DATA(out), <char*>cnp.PyArray_DATA(logits)
+    return a == b or a + cnp.PyArray_NBYTES(out) <= b or b + cnp.PyArray_NBYTES(out) <= a
+
+
+# Copies ids with IGNORE_INDEX as -1; returns how many are live, or -1 if one is out of range.
+cdef Py_ssize_t copy_ids(cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes) noexcept nogil:
+    cdef const int64_t* wide = <const int64_t*>cnp.PyArray_DATA(targets)
+    cdef const int32_t* narrow = <const int32_t*>cnp.PyArray_DATA(targets)
+    cdef Py_ssize_t i, n_ignored = 0, n_outside = 0
+    if cnp.PyArray_TYPE(targets) == cnp.NPY_INT64:
+        for i in range(n):
+            ids[i] = wide[i]
+    else:
+        for i in range(n):
+            ids[i] = narrow[i]
+    for i in range(n):
+        n_outside += 1 if <uint64_t>ids[i] >= <uint64_t>n_classes else 0
+        n_ignored += 1 if ids[i] == IGNORE_INDEX else 0
+        ids[i] = -1 if ids[i] == IGNORE_INDEX else ids[i]
+    return n - n_ignored if n_outside == n_ignored else -1
+
+
+cdef bint take_any_batch(const Batch* batch, int num_threads, bint single):
+    cdef bint done
+    if num_threads == 1 and batch.n_rows * batch.n_classes < GIL_ELEMENTS:
+        return take_batch_of(batch, 1, single)
+    with nogil:
+        done = take_batch_of(batch, num_threads, single)
+    return done
+
+
+cdef bint take_batch_of(const Batch* batch, int num_threads, bint single) noexcept nogil:
+    if single:
+        return take_batch(batch, num_threads, <const float*>NULL)
+    return take_batch(batch, num_threads, <const double*>NULL)
 
 
 def encode_ids(cnp.ndarray ids, Py_ssize_t n_classes, cnp.ndarray ignored):

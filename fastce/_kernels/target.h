@@ -6,6 +6,7 @@
 #error "fastce must not be built with -ffast-math or -Ofast: they break nan and infinity and change the host process"
 #endif
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <pthread.h>
@@ -52,5 +53,40 @@ static volatile int fastce_forked = 0;
 static void fastce_note_fork(void) { fastce_forked = 1; }
 static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, fastce_note_fork); }
 static inline int fastce_is_forked_child(void) { return fastce_forked; }
+
+/* The sums of a short row in 8 float64 lanes, lane l over elements l, l + 8, ...; the row is read up to the next
+   multiple of 8 and what lies beyond n is left out. Vector types, not a loop over an array: gcc takes an array of 8
+   apart into pieces and reloads it whole, which stalls each row by 15 cycles (18 ns a row of 10 classes, now 7). */
+typedef double fastce_lanes __attribute__((vector_size(64)));
+typedef int64_t fastce_mask __attribute__((vector_size(64)));
+typedef float fastce_half_lanes __attribute__((vector_size(32)));
+
+static inline fastce_lanes fastce_load_float(const float *x)
+{
+    fastce_half_lanes lanes;
+    memcpy(&lanes, x, sizeof lanes);
+    return __builtin_convertvector(lanes, fastce_lanes);
+}
+
+static inline fastce_lanes fastce_load_double(const double *x)
+{
+    fastce_lanes lanes;
+    memcpy(&lanes, x, sizeof lanes);
+    return lanes;
+}
+
+#define FASTCE_SUM_LANES(type)                                                                                        \
+    static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, double *lanes)                           \
+    {                                                                                                                 \
+        const fastce_mask index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
+        ptrdiff_t whole = n / 8 * 8;                                                                                  \
+        fastce_mask inside = index < (int64_t)(n - whole);                                                            \
+        fastce_lanes sum = (fastce_lanes)((fastce_mask)fastce_load_##type(row + whole) & inside);                     \
+        for (ptrdiff_t i = 0; i < whole; i += 8)                                                                      \
+            sum += fastce_load_##type(row + i);                                                                       \
+        memcpy(lanes, &sum, sizeof sum);                                                                              \
+    }
+FASTCE_SUM_LANES(float)
+FASTCE_SUM_LANES(double)
 
 #endif

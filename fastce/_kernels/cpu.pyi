@@ -1,0 +1,3 @@
+"""Types of the compiled processor probe."""
+
+def runnable_targets() -> list[str]: ...

@@ -1,0 +1,97 @@
+"""Types of fastce.losses: which reduction returns what."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floating = TypeVar("Floating", np.float32, np.float64)
+
+__all__ = ["cross_entropy", "cross_entropy_with_grad"]
+
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    denominator: float | None = None,
+    num_threads: int | None = None,
+) -> float: ...
+@overload
+def cross_entropy(
+    logits: NDArray[Floating],
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["none"],
+    denominator: None = None,
+    num_threads: int | None = None,
+) -> NDArray[Floating]: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["none"],
+    denominator: None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
+def cross_entropy_with_grad(
+    logits: NDArray[Floating],
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    denominator: float | None = None,
+    num_threads: int | None = None,
+    grad_output: float | None = None,
+    out: NDArray[Floating] | None = None,
+) -> tuple[float, NDArray[Floating]]: ...
+@overload
+def cross_entropy_with_grad(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    denominator: float | None = None,
+    num_threads: int | None = None,
+    grad_output: float | None = None,
+    out: NDArray[Any] | None = None,
+) -> tuple[float, NDArray[Any]]: ...
+@overload
+def cross_entropy_with_grad(
+    logits: NDArray[Floating],
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["none"],
+    denominator: None = None,
+    num_threads: int | None = None,
+    grad_output: ArrayLike | None = None,
+    out: NDArray[Floating] | None = None,
+) -> tuple[NDArray[Floating], NDArray[Floating]]: ...
+@overload
+def cross_entropy_with_grad(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    ignore_index: int | Sequence[int] | None = -100,
+    reduction: Literal["none"],
+    denominator: None = None,
+    num_threads: int | None = None,
+    grad_output: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
