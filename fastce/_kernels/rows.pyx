@@ -41,8 +41,8 @@ cdef extern from "target.h" nogil:
     int omp_get_max_threads "fastce_openmp_limit" ()
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
-    void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, double* lanes)
-    void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, double* lanes)
+    void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, int64_t t, double* lanes)
+    void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, int64_t t, double* lanes)
 
 cnp.import_array()
 watch_forks()
@@ -396,7 +396,6 @@ cdef void take_small_rows(
     cdef floating[SUM_BLOCK] alone
     cdef int64_t* ids = batch.ids + first
     cdef double total
-    cdef int64_t t
     cdef Py_ssize_t r, n_outside = 0
     cdef ExpWindow window, own
     if batch.logits_stride != row_bytes:
@@ -407,16 +406,7 @@ cdef void take_small_rows(
     exp_terms(x, terms, n * n_classes, &window)
     for r in range(n):
         rows.shift[r] = window.shift
-        t = ids[r]
-        if t < 0:
-            memset(terms + r * n_classes, 0, row_bytes)
-            rows.at_target[r] = small_sum_low(like)
-            rows.z_target[r] = 0.0
-        else:
-            rows.at_target[r] = terms[r * n_classes + t]
-            rows.z_target[r] = x[r * n_classes + t]
-            terms[r * n_classes + t] = 0
-    sum_small_rows(terms, n_classes, n, rows)
+    sum_small_rows(x, terms, n_classes, ids, n, rows)
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
@@ -435,16 +425,30 @@ cdef void take_small_rows(
         )
 
 
-# others[r] = the sum of row r of `terms`, in float64: 8 lanes over the row, then a tree over the lanes of 8 rows at a
-# time. Loads run up to 7 elements past a row's end, into the next row or the slack behind the block.
-cdef void sum_small_rows(const floating* terms, Py_ssize_t n_classes, Py_ssize_t n, Scratch* rows) noexcept nogil:
+# others[r], e_t and z_t of each row; the sums in float64, 8 lanes over the row, then a tree over the lanes of 8 rows at
+# a time. Loads run up to 7 elements past a row's end, into the next row or the slack behind the block.
+cdef void sum_small_rows(
+    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
     cdef double* p = rows.partial
+    cdef floating* row
+    cdef int64_t t
     cdef Py_ssize_t r, i
     for r in range(n):
-        if floating is float:
-            sum_lanes_float(terms + r * n_classes, n_classes, p + r * SMALL_LANES)
+        row = terms + r * n_classes
+        t = ids[r]
+        if t < 0:
+            memset(row, 0, n_classes * sizeof(floating))
+            t = 0
+            rows.at_target[r] = small_sum_low(x)
+            rows.z_target[r] = 0.0
         else:
-            sum_lanes_double(terms + r * n_classes, n_classes, p + r * SMALL_LANES)
+            rows.at_target[r] = row[t]
+            rows.z_target[r] = x[r * n_classes + t]
+        if floating is float:
+            sum_lanes_float(row, n_classes, t, p + r * SMALL_LANES)
+        else:
+            sum_lanes_double(row, n_classes, t, p + r * SMALL_LANES)
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])) + ((p[i + 4] + p[i + 5]) + (p[i + 6] + p[i + 7]))
@@ -458,32 +462,36 @@ cdef void write_small_rows(
 ) noexcept nogil:
     cdef Py_ssize_t r, j, lane, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
     cdef Py_ssize_t n_over = n - (n_vectors * LANES + n_classes - 1) // n_classes
-    cdef double* factor = rows.partial
-    cdef double magnitude
+    cdef floating* factor = <floating*>rows.partial
+    cdef floating* pull = factor + BLOCK_ROWS
+    cdef double both, magnitude
     cdef floating[LANES] vector
-    cdef floating single
-    cdef floating* row
+    cdef floating* row = out
     for r in range(n):
-        factor[r] = rows.scale[r] * rows.inverse[r]
-        magnitude = 1.0 if factor[r] == 0.0 else fabs(factor[r])
+        both = rows.scale[r] * rows.inverse[r]
+        factor[r] = <floating>both
+        magnitude = 1.0 if both == 0.0 else fabs(both)
         n_special += 1 if magnitude < smallest_factor(out) else 0
         n_special += 1 if magnitude > largest_factor(out) else 0
+        pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
     if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
-    for r in range(n):
-        row = <floating*>(<char*>out + r * out_stride)
-        if r >= n_over:
-            scale_terms(row, terms + r * n_classes, n_classes, rows.scale[r], rows.inverse[r])
-            continue
-        single = <floating>factor[r]
+    for r in range(n_over):
         for j in range(n_vectors):
             for lane in range(LANES):
-                vector[lane] = terms[r * n_classes + j * LANES + lane] * single
+                vector[lane] = terms[j * LANES + lane] * factor[r]
             memcpy(row + j * LANES, vector, sizeof(vector))
-    for r in range(n):
-        if ids[r] >= 0:
-            row = <floating*>(<char*>out + r * out_stride)
-            row[ids[r]] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
+        row[ids[r] if ids[r] > 0 else 0] = pull[r] if ids[r] >= 0 else 0
+        terms += n_classes
+        row += n_classes
+    for r in range(n_over if n_over > 0 else 0, n):
+        row = <floating*>(<char*>out + r * out_stride)
+        if ids[r] < 0:
+            memset(row, 0, n_classes * sizeof(floating))
+        else:
+            scale_terms(row, terms, n_classes, rows.scale[r], rows.inverse[r])
+            row[ids[r]] = pull[r]
+        terms += n_classes
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:
