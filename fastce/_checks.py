@@ -60,8 +60,9 @@ def as_ignored(ignore_index):
         return np.empty(0, np.int64)
     if isinstance(ignore_index, np.ndarray):
         ignore_index = ignore_index.tolist()
+    several = isinstance(ignore_index, Iterable) and not isinstance(ignore_index, (str, bytes, bytearray))
     ignored: list[int] = []
-    for value in ignore_index if isinstance(ignore_index, Iterable) else [ignore_index]:
+    for value in ignore_index if several else [ignore_index]:
         try:
             if isinstance(value, (bool, np.bool_)):
                 raise TypeError

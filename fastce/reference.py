@@ -60,7 +60,8 @@ def cross_entropy_with_grad(
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         grads *= scale[:, None]
         grads[~live] = 0.0
-        grads = np.moveaxis(grads.reshape(*row_shape, rows.shape[1]), -1, axis).astype(logits.dtype)
+        grads = np.moveaxis(grads.reshape(*row_shape, rows.shape[1]), -1, axis)
+        grads = grads.astype(logits.dtype.newbyteorder("="))
     if out is None:
         return loss, np.ascontiguousarray(grads)
     out[...] = grads
@@ -121,7 +122,7 @@ def _mean_denominator(live, denominator):
 def _reduce(losses, live, row_shape, dtype, reduction, denominator):
     if reduction == "none":
         with np.errstate(over="ignore", under="ignore"):
-            return losses.reshape(row_shape).astype(dtype)
+            return losses.reshape(row_shape).astype(dtype.newbyteorder("="))
     total = float(losses.sum())
     if reduction == "sum":
         return total

@@ -271,7 +271,7 @@ cdef void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         rows.inverse[r] = 1.0 / total
-        miss = rows.others[r] * rows.inverse[r]
+        miss = 1.0 if rows.others[r] == total else rows.others[r] * rows.inverse[r]
         rows.miss[r] = miss
         x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
         lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
