@@ -59,8 +59,7 @@ cdef enum:
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
     PLAIN_ELEMENTS = 67108864   # batches above are walked in slabs, between which Ctrl-C is noticed
     IGNORE_INDEX = -100
-    KEEP_CLASSES = 131072   # rows up to this length keep their exponentials (half an L2 cache of float32), longer
-                            # ones compute them a second time
+    KEEP_CLASSES = 131072   # rows up to this length keep their exponentials, half an L2 cache; others repeat them
 
 cdef double LN2_HIGH = 0.6931471805582987       # 38 bits: exact times any shift
 cdef double LN2_LOW = 1.6465949582897082e-12

@@ -55,15 +55,22 @@ static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, f
 static inline int fastce_is_forked_child(void) { return fastce_forked; }
 
 /* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ...; the row is read
-   up to the next multiple of 8 and what lies beyond n is left out. Vector types, not a loop over an array: gcc takes
-   an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles. */
-typedef double fastce_lanes __attribute__((vector_size(64)));
-typedef int64_t fastce_mask __attribute__((vector_size(64)));
-typedef float fastce_half_lanes __attribute__((vector_size(32)));
+   up to the next multiple of 8 and what lies beyond n is left out. Vector types of the target's width, not a loop over
+   an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles. */
+#if defined(__AVX512F__)
+#define FASTCE_WIDTH 8
+#elif defined(__AVX__)
+#define FASTCE_WIDTH 4
+#else
+#define FASTCE_WIDTH 2
+#endif
+typedef double fastce_lanes __attribute__((vector_size(8 * FASTCE_WIDTH)));
+typedef int64_t fastce_mask __attribute__((vector_size(8 * FASTCE_WIDTH)));
+typedef float fastce_single __attribute__((vector_size(4 * FASTCE_WIDTH)));
 
 static inline fastce_lanes fastce_load_float(const float *x)
 {
-    fastce_half_lanes lanes;
+    fastce_single lanes;
     memcpy(&lanes, x, sizeof lanes);
     return __builtin_convertvector(lanes, fastce_lanes);
 }
@@ -75,17 +82,26 @@ static inline fastce_lanes fastce_load_double(const double *x)
     return lanes;
 }
 
+static inline fastce_lanes fastce_only(fastce_lanes lanes, fastce_mask where)
+{
+    return (fastce_lanes)((fastce_mask)lanes & where);
+}
+
 #define FASTCE_SUM_LANES(type)                                                                                        \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, int64_t t, double *lanes)                \
     {                                                                                                                 \
-        fastce_mask index = {0, 1, 2, 3, 4, 5, 6, 7};                                                                 \
-        fastce_lanes sum = {0};                                                                                       \
-        ptrdiff_t i = 0;                                                                                              \
-        for (; i + 8 <= n; i += 8, index += 8)                                                                        \
-            sum += (fastce_lanes)((fastce_mask)fastce_load_##type(row + i) & (index != t));                           \
-        if (i < n)                                                                                                    \
-            sum += (fastce_lanes)((fastce_mask)fastce_load_##type(row + i) & (index != t) & (index < (int64_t)n));    \
-        memcpy(lanes, &sum, sizeof sum);                                                                              \
+        for (ptrdiff_t first = 0; first < 8; first += FASTCE_WIDTH) {                                                 \
+            fastce_mask index;                                                                                        \
+            fastce_lanes sum = {0};                                                                                   \
+            ptrdiff_t i = 0;                                                                                          \
+            for (int l = 0; l < FASTCE_WIDTH; l++)                                                                    \
+                index[l] = first + l;                                                                                 \
+            for (; i + 8 <= n; i += 8, index += 8)                                                                    \
+                sum += fastce_only(fastce_load_##type(row + i + first), index != t);                                  \
+            if (i < n)                                                                                                \
+                sum += fastce_only(fastce_load_##type(row + i + first), (index != t) & (index < (int64_t)n));         \
+            memcpy(lanes + first, &sum, sizeof sum);                                                                  \
+        }                                                                                                             \
     }
 FASTCE_SUM_LANES(float)
 FASTCE_SUM_LANES(double)
