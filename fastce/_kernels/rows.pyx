@@ -41,6 +41,9 @@ cdef extern from "target.h" nogil:
     int omp_get_max_threads "fastce_openmp_limit" ()
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
+    void stream_block_float "fastce_stream_block_float" (float* out, const float* terms, float factor)
+    void stream_block_double "fastce_stream_block_double" (double* out, const double* terms, double factor)
+    void stream_fence "fastce_stream_fence" ()
     void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, int64_t t, double* lanes)
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, int64_t t, double* lanes)
 
@@ -59,7 +62,8 @@ cdef enum:
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
     PLAIN_ELEMENTS = 67108864   # batches above are walked in slabs, between which Ctrl-C is noticed
     IGNORE_INDEX = -100
-    KEEP_CLASSES = 131072   # rows up to this length keep their exponentials, half an L2 cache; others repeat them
+    KEEP_BYTES = 524288     # the most that a row's exponentials may take of the scratch: half an L2 cache of 1 MB
+    STREAM_BYTES = 33554432 # gradients of this size and more are written past the caches
 
 cdef double LN2_HIGH = 0.6931471805582987       # 38 bits: exact times any shift
 cdef double LN2_LOW = 1.6465949582897082e-12
@@ -77,6 +81,7 @@ cdef struct Batch:
     double* losses
     Py_ssize_t n_rows
     Py_ssize_t n_classes
+    bint stream             # the gradient is too large for the caches and not written over the logits
 
 
 # One thread's working memory: a number of each kind for each row of a block, and the block's exponentials. Arrays in
@@ -92,6 +97,7 @@ cdef struct Scratch:
     double[BLOCK_ROWS] loss
     double[BLOCK_ROWS * SMALL_LANES] partial
     double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
+    double[LANES] slack
     double[1] terms                     # e_j; as many as the block needs, from here on
 
 
@@ -105,6 +111,16 @@ cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
     return (n + SUM_BLOCK - 1) // SUM_BLOCK * SUM_BLOCK
+
+
+# A row whose gradient is written block by block while the next row's exponentials are computed: the one is bound by
+# the caches, the other by arithmetic.
+cdef struct Pending:
+    char* out               # what is still to be written, from a 64-byte boundary on
+    char* terms
+    Py_ssize_t left         # elements
+    double factor           # scale/S
+    bint stream             # past the caches
 
 
 # ---- exponentials and sums of one row ------------------------------------------------------------------------------
@@ -129,40 +145,88 @@ cdef void exp_terms(const floating* x, floating* terms, Py_ssize_t n, const ExpW
         memcpy(terms + whole, last, (n - whole) * sizeof(floating))
 
 
-# The sum of n terms, n a multiple of SUM_BLOCK: a tree over 8 vectors in the dtype, float64 lanes, a tree over lanes.
-# float64 lanes carry their rounding errors along (two-sum), which costs nothing: the adders are idle otherwise.
-cdef double sum_terms(const floating* terms, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, lane
-    cdef const floating* t
-    cdef double[LANES] total
-    cdef double[LANES] error
+# LANES float64 sums in the making. float64 rows carry the rounding errors along (two-sum), which costs next to nothing:
+# the adders are idle while the multipliers work on exponentials.
+cdef struct Sum:
+    double[LANES] total
+    double[LANES] error
+
+
+cdef inline void add_block(const floating* t, Sum* sums) noexcept nogil:
     cdef double block, before, after, part
+    cdef Py_ssize_t lane
     for lane in range(LANES):
-        total[lane] = 0.0
-        error[lane] = 0.0
-    for i in range(n // SUM_BLOCK):
-        t = terms + i * SUM_BLOCK
-        for lane in range(LANES):
-            block = <double>(
-                ((t[lane] + t[lane + 16]) + (t[lane + 32] + t[lane + 48]))
-                + ((t[lane + 64] + t[lane + 80]) + (t[lane + 96] + t[lane + 112]))
-            )
-            if floating is float:
-                total[lane] += block
-            else:
-                before = total[lane]
-                after = before + block
-                part = after - before
-                error[lane] += (before - (after - part)) + (block - part)
-                total[lane] = after
-    if floating is double:
-        for lane in range(LANES):
-            total[lane] += error[lane]
+        block = <double>(
+            ((t[lane] + t[lane + 16]) + (t[lane + 32] + t[lane + 48]))
+            + ((t[lane + 64] + t[lane + 80]) + (t[lane + 96] + t[lane + 112]))
+        )
+        if floating is float:
+            sums.total[lane] += block
+        else:
+            before = sums.total[lane]
+            after = before + block
+            part = after - before
+            sums.error[lane] += (before - (after - part)) + (block - part)
+            sums.total[lane] = after
+
+
+cdef inline double total_of(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.total[lane] += sums.error[lane]
     for lane in range(8):
-        total[lane] += total[lane + 8]
+        sums.total[lane] += sums.total[lane + 8]
     for lane in range(4):
-        total[lane] += total[lane + 4]
-    return (total[0] + total[2]) + (total[1] + total[3])
+        sums.total[lane] += sums.total[lane + 4]
+    return (sums.total[0] + sums.total[2]) + (sums.total[1] + sums.total[3])
+
+
+# The sum of a chunk's terms without element t (any t outside the chunk: of all), which goes to at_target. Every block is
+# added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other. The last vector of
+# the row overlaps the one before it: rows have at least LANES elements here, and `terms` has LANES of slack in front.
+cdef double sum_chunk(
+    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
+    double* at_target, Pending* pending,
+) noexcept nogil:
+    cdef floating offset = <floating>window.offset
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef Py_ssize_t i, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
+    cdef floating nothing = <floating>(0.0 * window.magic)   # 0, but not to gcc, which makes of 0 a slow "rep stos"
+    cdef Sum sums
+    for lane in range(LANES):
+        sums.total[lane] = 0.0
+        sums.error[lane] = 0.0
+    for i in range(n_blocks):
+        for lane in range(SUM_BLOCK):
+            terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+        if 0 <= t < SUM_BLOCK:
+            at_target[0] = terms[t]
+            terms[t] = 0
+        add_block(terms, &sums)
+        if pending.left >= SUM_BLOCK:
+            write_block(x, pending)
+        x += SUM_BLOCK
+        terms += step
+        t -= SUM_BLOCK
+    rest = n - n_blocks * SUM_BLOCK
+    if rest:
+        for lane in range(SUM_BLOCK):
+            terms[lane] = nothing
+        for lane in range(rest - rest % LANES):
+            terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+        if rest % LANES:
+            terms += rest - LANES
+            x += rest - LANES
+            for lane in range(LANES):
+                terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+            terms -= rest - LANES
+        if 0 <= t < rest:
+            at_target[0] = terms[t]
+            terms[t] = 0
+        add_block(terms, &sums)
+    return total_of(&sums)
 
 
 cdef double row_maximum(const floating* x, Py_ssize_t n) noexcept nogil:
@@ -199,28 +263,23 @@ cdef inline double sum_limit(const floating* x) noexcept nogil:
         return 3.9e306   # 2^1018.5
 
 
-# One sweep over the row: others and e_t, and where `keep` says so all terms (else those of the last chunk).
+# One sweep over the row: returns the sum without the target's term, which goes to at_target; where `keep` is set all
+# terms are kept.
 cdef double sum_row(
     const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
-    double* at_target,
+    double* at_target, Pending* pending,
 ) noexcept nogil:
-    cdef Py_ssize_t i, start, size
-    cdef floating* chunk
-    cdef double others = 0.0, error = 0.0, block, after, part
+    cdef Py_ssize_t i, start
+    cdef double others = 0.0, error = 0.0, chunk, after, part
     for i in range((n + CHUNK - 1) // CHUNK):
         start = i * CHUNK
-        size = smaller(n - start, CHUNK)
-        chunk = terms + start if keep else terms
-        exp_terms(x + start, chunk, size, window)
-        if start <= t < start + size:
-            at_target[0] = chunk[t - start]
-            chunk[t - start] = 0
-        if size % SUM_BLOCK:
-            memset(chunk + size, 0, (SUM_BLOCK - size % SUM_BLOCK) * sizeof(floating))
-        block = sum_terms(chunk, size + (SUM_BLOCK - size % SUM_BLOCK) % SUM_BLOCK)
-        after = others + block
+        chunk = sum_chunk(
+            x + start, terms + start if keep else terms, smaller(n - start, CHUNK), t - start, keep, window, at_target,
+            pending,
+        )
+        after = others + chunk
         part = after - others
-        error += (others - (after - part)) + (block - part)
+        error += (others - (after - part)) + (chunk - part)
         others = after
     return others + error
 
@@ -229,12 +288,12 @@ cdef double sum_row(
 # maximum; it fails when a logit exceeds the target's by more than the window (or is nan, or the target is -inf).
 cdef void take_row(
     const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* rows, Py_ssize_t r,
-    ExpWindow* window,
+    ExpWindow* window, Pending* pending,
 ) noexcept nogil:
     cdef double others, maximum, offset = 0.0, at_target = 0.0
     if fabs(x[t]) <= exp_limit(x):
         window[0] = exp_window(x, shift_for(x, x[t]), 0.0)
-        others = sum_row(x, terms, n, t, keep, window, &at_target)
+        others = sum_row(x, terms, n, t, keep, window, &at_target, pending)
         if others < sum_limit(x):
             put_row(rows, r, others, at_target, x[t], window.shift)
             return
@@ -246,7 +305,7 @@ cdef void take_row(
     if fabs(maximum) > exp_limit(x):
         offset = maximum
     window[0] = exp_window(x, shift_for(x, maximum - offset), offset)
-    others = sum_row(x, terms, n, t, keep, window, &at_target)
+    others = sum_row(x, terms, n, t, keep, window, &at_target, pending)
     put_row(rows, r, others, at_target, x[t] - offset, window.shift)
 
 
@@ -257,6 +316,12 @@ cdef inline void put_row(
     rows.at_target[r] = at_target
     rows.z_target[r] = z_target
     rows.shift[r] = shift
+
+
+# 1 - p_t. Exactly 1 where the target is out of reach, which others * (1/S) alone may miss by an ulp.
+cdef inline double miss_of(double others, double at_target) noexcept nogil:
+    cdef double total = others + at_target
+    return 1.0 if others == total else others * (1.0 / total)
 
 
 # ---- losses and gradients ------------------------------------------------------------------------------------------
@@ -270,7 +335,7 @@ cdef void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         rows.inverse[r] = 1.0 / total
-        miss = 1.0 if rows.others[r] == total else rows.others[r] * rows.inverse[r]
+        miss = miss_of(rows.others[r], rows.at_target[r])
         rows.miss[r] = miss
         x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
         lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
@@ -282,15 +347,8 @@ cdef void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
         rows.loss[r] = (exponent * LN2_HIGH - z) + (exponent * LN2_LOW + logarithm) + 0.0 * total
 
 
-# out[j] = terms[j] * (scale/S), out[t] = -miss * scale. Where scale/S leaves the normal numbers of the dtype the
-# product is taken in two steps, by the power of two in S and by the rest: the same bits, no underflow in between.
-cdef void write_row(
-    floating* out, const floating* terms, Py_ssize_t n, Py_ssize_t t, Scratch* rows, Py_ssize_t r
-) noexcept nogil:
-    scale_terms(out, terms, n, rows.scale[r], rows.inverse[r])
-    out[t] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
-
-
+# out[j] = terms[j] * (scale/S). Where scale/S leaves the normal numbers of the dtype the product is taken in two steps,
+# by the power of two in 1/S and by the rest: the same bits, no underflow in between.
 cdef void scale_terms(
     floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
 ) noexcept nogil:
@@ -308,6 +366,54 @@ cdef void scale_terms(
         rest = <floating>(scale * (inverse / inverse_power))
         for j in range(n):
             out[j] = (terms[j] * power) * rest
+
+
+# Row r's gradient becomes pending. Elements before the first 64-byte boundary are written at once, so that no later
+# store crosses a cache line; a factor out of range leaves nothing pending.
+cdef void begin_row(
+    floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, bint stream, Pending* pending
+) noexcept nogil:
+    cdef Py_ssize_t head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    pending.factor = rows.scale[r] * rows.inverse[r]
+    if not is_normal(out, pending.factor):
+        head = n
+    scale_terms(out, terms, head, rows.scale[r], rows.inverse[r])
+    pending.out = <char*>(out + head)
+    pending.terms = <char*>(terms + head)
+    pending.left = n - head
+    pending.stream = stream
+
+
+cdef inline void write_block(const floating* like, Pending* pending) noexcept nogil:
+    cdef floating* out = <floating*>pending.out
+    cdef const floating* terms = <const floating*>pending.terms
+    cdef floating factor = <floating>pending.factor
+    cdef Py_ssize_t lane
+    if pending.stream:
+        if floating is float:
+            stream_block_float(out, terms, factor)
+        else:
+            stream_block_double(out, terms, factor)
+    else:
+        for lane in range(SUM_BLOCK):
+            out[lane] = terms[lane] * factor
+    pending.out += SUM_BLOCK * sizeof(floating)
+    pending.terms += SUM_BLOCK * sizeof(floating)
+    pending.left -= SUM_BLOCK
+
+
+cdef void end_row(const floating* like, Pending* pending) noexcept nogil:
+    cdef floating* out
+    cdef const floating* terms
+    cdef floating factor = <floating>pending.factor
+    cdef Py_ssize_t j
+    while pending.left >= SUM_BLOCK:
+        write_block(like, pending)
+    out = <floating*>pending.out
+    terms = <const floating*>pending.terms
+    for j in range(pending.left):
+        out[j] = terms[j] * factor
+    pending.left = 0
 
 
 # Whether `factor` is 0, nan or a normal number of the dtype, with room to spare.
@@ -338,48 +444,83 @@ cdef void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ss
         rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
 
 
-# Rows [first, first + n) of more than SMALL_CLASSES classes: all exponentials and sums, all logarithms, all products,
-# so that the end of one row hides behind the start of the next. Rows too long to keep are one to a block.
+# Rows [first, first + n) of more than SMALL_CLASSES classes. While one row's exponentials go into one buffer, the
+# gradient of the row before is written from the other; all logarithms come at the end, in vectors. Rows of more than
+# TWO_BUFFERS elements have one buffer, rows of more than KEEP_ELEMENTS none: they compute their exponentials twice.
 cdef void take_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes
-    cdef bint keep = n_classes <= KEEP_CLASSES and batch.out != NULL
-    cdef Py_ssize_t width = padded(n_classes) if keep else 0
+    cdef bint keep = batch.out != NULL and keeps_terms(like, n_classes)
+    cdef Py_ssize_t other = padded(n_classes) if has_two_buffers(like, n_classes) else 0
     cdef floating* terms = <floating*>rows.terms
     cdef const floating* x
     cdef floating* out
     cdef int64_t t
-    cdef Py_ssize_t r, i, start, size
+    cdef Py_ssize_t r, row_before = -1
     cdef ExpWindow window
+    cdef Pending pending
+    pending.left = 0
     load_scales(batch, rows, first, n)
     for r in range(n):
         t = batch.ids[first + r]
         if t < 0:
             put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
-        else:
-            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-            take_row(x, terms + r * width, n_classes, t, keep, rows, r, &window)
-    finish_rows(rows, n)
-    for r in range(n):
-        batch.losses[first + r] = rows.loss[r]
-    if batch.out == NULL:
-        return
-    for r in range(n):
-        t = batch.ids[first + r]
+            if batch.out != NULL:
+                memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
+            continue
+        x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+        take_row(x, terms, n_classes, t, keep, rows, r, &window, &pending)
+        if batch.out == NULL:
+            continue
+        end_row(x, &pending)
+        if row_before >= 0:
+            pull_target(batch, rows, first, row_before, like)
+        rows.inverse[r] = 1.0 / (rows.others[r] + rows.at_target[r])
         out = <floating*>(batch.out + (first + r) * batch.out_stride)
-        if t < 0:
-            memset(out, 0, n_classes * sizeof(floating))
-        elif keep:
-            write_row(out, terms + r * width, n_classes, t, rows, r)
+        if keep:
+            begin_row(out, terms, n_classes, rows, r, batch.stream, &pending)
+            if other == 0:
+                end_row(x, &pending)
+            terms += other
+            other = -other
         else:
-            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-            for i in range((n_classes + CHUNK - 1) // CHUNK):
-                start = i * CHUNK
-                size = smaller(n_classes - start, CHUNK)
-                exp_terms(x + start, terms, size, &window)
-                scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
-            out[t] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
+            repeat_row(x, out, terms, n_classes, rows, r, &window)
+        row_before = r
+    end_row(like, &pending)
+    if row_before >= 0:
+        pull_target(batch, rows, first, row_before, like)
+    finish_rows(rows, n)
+    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+
+
+# The gradient at the target of row r, from the others: -(others/S) * scale, never p_t - 1.
+cdef void pull_target(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t r, const floating* like
+) noexcept nogil:
+    cdef floating* out = <floating*>(batch.out + (first + r) * batch.out_stride)
+    out[batch.ids[first + r]] = <floating>(0.0 - miss_of(rows.others[r], rows.at_target[r]) * rows.scale[r])
+
+
+# The gradient of a row that was too long to keep: its exponentials once more, chunk by chunk.
+cdef void repeat_row(
+    const floating* x, floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r,
+    const ExpWindow* window,
+) noexcept nogil:
+    cdef Py_ssize_t i, start, size
+    for i in range((n + CHUNK - 1) // CHUNK):
+        start = i * CHUNK
+        size = smaller(n - start, CHUNK)
+        exp_terms(x + start, terms, size, window)
+        scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
+
+
+cdef inline bint has_two_buffers(const floating* like, Py_ssize_t n_classes) noexcept nogil:
+    return 2 * n_classes * <Py_ssize_t>sizeof(floating) <= KEEP_BYTES
+
+
+cdef inline bint keeps_terms(const floating* like, Py_ssize_t n_classes) noexcept nogil:
+    return n_classes * <Py_ssize_t>sizeof(floating) <= KEEP_BYTES
 
 
 # Rows [first, first + n) of at most SMALL_CLASSES classes: one sweep of exponentials over all of them, with one shift
@@ -392,11 +533,10 @@ cdef void take_small_rows(
     cdef floating* terms = <floating*>rows.terms
     cdef const floating* x = <const floating*>(batch.logits + first * batch.logits_stride)
     cdef floating* gathered = <floating*>rows.gathered
-    cdef floating[SUM_BLOCK] alone
     cdef int64_t* ids = batch.ids + first
     cdef double total
     cdef Py_ssize_t r, n_outside = 0
-    cdef ExpWindow window, own
+    cdef ExpWindow window
     if batch.logits_stride != row_bytes:
         for r in range(n):
             memcpy(gathered + r * n_classes, batch.logits + (first + r) * batch.logits_stride, row_bytes)
@@ -413,8 +553,7 @@ cdef void take_small_rows(
         for r in range(n):
             total = rows.others[r] + rows.at_target[r]
             if not small_sum_low(like) <= total < sum_limit(like):
-                take_row(x + r * n_classes, alone, n_classes, ids[r], True, rows, r, &own)
-                memcpy(terms + r * n_classes, alone, row_bytes)
+                take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
     load_scales(batch, rows, first, n)
     finish_rows(rows, n)
     memcpy(batch.losses + first, rows.loss, n * sizeof(double))
@@ -422,6 +561,23 @@ cdef void take_small_rows(
         write_small_rows(
             <floating*>(batch.out + first * batch.out_stride), batch.out_stride, terms, n_classes, ids, n, rows,
         )
+
+
+# One small row by itself, filled up with -inf to the least length that take_row knows.
+cdef void take_small_row(
+    const floating* x, floating* terms, Py_ssize_t n_classes, Py_ssize_t t, Scratch* rows, Py_ssize_t r
+) noexcept nogil:
+    cdef floating[SMALL_CLASSES] logits
+    cdef floating[LANES + SUM_BLOCK] alone
+    cdef Py_ssize_t j
+    cdef ExpWindow window
+    cdef Pending nothing
+    nothing.left = 0
+    for j in range(SMALL_CLASSES):
+        logits[j] = -INFINITY
+    memcpy(logits, x, n_classes * sizeof(floating))
+    take_row(logits, alone + LANES, larger(n_classes, LANES), t, True, rows, r, &window, &nothing)
+    memcpy(terms, alone + LANES, n_classes * sizeof(floating))
 
 
 # others[r], e_t and z_t of each row; the sums in float64, 8 lanes over the row, then a tree over the lanes of 8 rows at
@@ -521,26 +677,32 @@ cdef void take_task(
             take_small_rows(batch, rows, first + start, size, like)
         else:
             take_rows(batch, rows, first + start, size, like)
+    if batch.stream:
+        stream_fence()
 
 
 # The whole batch on `num_threads` threads; returns False when the scratch cannot be had, before anything is written.
 # One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
-cdef bint take_batch(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
+cdef bint take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
     cdef Py_ssize_t block_rows, task_rows, n_tasks, task, terms_bytes, thread_bytes
     cdef char* memory
     cdef char* aligned
     if n_rows == 0:
         return True
+    batch.stream = n_rows * n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
     if n_classes <= SMALL_CLASSES:
         block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
         terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
-    elif n_classes <= BLOCK_ELEMENTS:
-        block_rows = BLOCK_ELEMENTS // padded(n_classes)
-        terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
     else:
-        block_rows = 1
-        terms_bytes = (padded(n_classes) if n_classes <= KEEP_CLASSES else CHUNK) * sizeof(floating)
+        block_rows = BLOCK_ROWS
+        terms_bytes = SUM_BLOCK * sizeof(floating)
+        if batch.out != NULL:
+            terms_bytes = CHUNK * sizeof(floating)
+            if has_two_buffers(like, n_classes):
+                terms_bytes = 2 * padded(n_classes) * sizeof(floating)
+            elif keeps_terms(like, n_classes):
+                terms_bytes = padded(n_classes) * sizeof(floating)
     task_rows = larger(block_rows, TASK_ELEMENTS // n_classes // block_rows * block_rows)
     n_tasks = (n_rows + task_rows - 1) // task_rows
     num_threads = <int>smaller(num_threads, n_tasks)
@@ -686,7 +848,7 @@ cdef Py_ssize_t copy_ids(cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssi
     return n - n_ignored if n_outside == n_ignored else -1
 
 
-cdef bint take_any_batch(const Batch* batch, int num_threads, bint single):
+cdef bint take_any_batch(Batch* batch, int num_threads, bint single):
     cdef bint done
     if num_threads == 1 and batch.n_rows * batch.n_classes < GIL_ELEMENTS:
         return take_batch_of(batch, 1, single)
@@ -695,7 +857,7 @@ cdef bint take_any_batch(const Batch* batch, int num_threads, bint single):
     return done
 
 
-cdef bint take_batch_of(const Batch* batch, int num_threads, bint single) noexcept nogil:
+cdef bint take_batch_of(Batch* batch, int num_threads, bint single) noexcept nogil:
     if single:
         return take_batch(batch, num_threads, <const float*>NULL)
     return take_batch(batch, num_threads, <const double*>NULL)
