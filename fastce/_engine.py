@@ -197,8 +197,11 @@ def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):
 
 def as_rows(array):
     """Return `array` as (N, C) rows that a kernel can use where they lie, or None if it cannot."""
-    if not (array.flags.aligned and array.dtype.isnative):
+    flags = array.flags
+    if not (flags.aligned and array.dtype.isnative):
         return None
+    if flags.c_contiguous:
+        return array.reshape(-1, array.shape[-1])
     if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         return None
     row_stride = None
@@ -210,10 +213,6 @@ def as_rows(array):
             elif stride != row_stride * n_rows:
                 return None
         n_rows *= length
-    if row_stride is None:
-        row_stride = array.shape[-1] * array.itemsize
-    if n_rows == 0:
-        return np.empty((0, array.shape[-1]), array.dtype)
     return np.lib.stride_tricks.as_strided(array, (n_rows, array.shape[-1]), (row_stride, array.itemsize))
 
 

@@ -203,15 +203,17 @@ def _cross_entropy(
     grad = None
     if with_grad:
         grad = np.empty(logits.shape, logits.dtype.newbyteorder("=")) if out is None else out
-    _engine.cross_entropy_rows(
-        np.moveaxis(logits, axis, -1),
-        ids,
-        losses,
-        scale,
-        np.moveaxis(grad.view(np.ndarray), axis, -1) if with_grad else None,
-        num_threads,
-    )
+    _engine.cross_entropy_rows(classes_last(logits, axis), ids, losses, scale, classes_last(grad, axis), num_threads)
     return _reduce(losses, loss, reduction, divisor), grad
+
+
+def classes_last(array, axis):
+    """Return a plain view of `array` (or None for None) with its class axis last."""
+    if array is None:
+        return None
+    if type(array) is not np.ndarray:
+        array = array.view(np.ndarray)
+    return array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1)
 
 
 def _reduce(losses, loss, reduction, divisor):

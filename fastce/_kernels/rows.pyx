@@ -58,7 +58,9 @@ cdef enum:
     SMALL_CLASSES = 48      # rows up to this length are taken many at a time, longer ones one by one
     BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
     BLOCK_ROWS = 128
-    TASK_ELEMENTS = 32768   # the least that a thread takes at a time
+    TASK_ELEMENTS = 16384   # the least that a thread takes at a time
+    TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
+    SPLIT_CLASSES = 16384   # rows of at least so many elements are shared among the threads when there are few
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
     PLAIN_ELEMENTS = 67108864   # batches above are walked in slabs, between which Ctrl-C is noticed
     IGNORE_INDEX = -100
@@ -192,13 +194,13 @@ cdef double sum_chunk(
     cdef floating low = <floating>window.low
     cdef floating high = <floating>window.high
     cdef floating magic = <floating>window.magic
-    cdef Py_ssize_t i, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
+    cdef Py_ssize_t _block, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
     cdef floating nothing = <floating>(0.0 * window.magic)   # 0, but not to gcc, which makes of 0 a slow "rep stos"
     cdef Sum sums
     for lane in range(LANES):
         sums.total[lane] = 0.0
         sums.error[lane] = 0.0
-    for i in range(n_blocks):
+    for _block in range(n_blocks):
         for lane in range(SUM_BLOCK):
             terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
         if 0 <= t < SUM_BLOCK:
@@ -270,18 +272,34 @@ cdef double sum_row(
     double* at_target, Pending* pending,
 ) noexcept nogil:
     cdef Py_ssize_t i, start
-    cdef double others = 0.0, error = 0.0, chunk, after, part
+    cdef double chunk
+    cdef double[2] total
+    total[0] = total[1] = 0.0
     for i in range((n + CHUNK - 1) // CHUNK):
         start = i * CHUNK
         chunk = sum_chunk(
             x + start, terms + start if keep else terms, smaller(n - start, CHUNK), t - start, keep, window, at_target,
             pending,
         )
-        after = others + chunk
-        part = after - others
-        error += (others - (after - part)) + (chunk - part)
-        others = after
-    return others + error
+        add_chunk(total, chunk)
+    return total[0] + total[1]
+
+
+# total[0] + chunk with what the addition rounded off in total[1] (two-sum).
+cdef inline void add_chunk(double* total, double chunk) noexcept nogil:
+    cdef double after = total[0] + chunk
+    cdef double part = after - total[0]
+    total[1] += (total[0] - (after - part)) + (chunk - part)
+    total[0] = after
+
+
+cdef double sum_of_chunks(const double* chunks, Py_ssize_t n) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        add_chunk(total, chunks[i])
+    return total[0] + total[1]
 
 
 # Row r of the block: its numbers into the rows. The first try scales by the target's own term and needs no
@@ -681,47 +699,162 @@ cdef void take_task(
         stream_fence()
 
 
-# The whole batch on `num_threads` threads; returns False when the scratch cannot be had, before anything is written.
-# One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
+# How a batch is divided. The scratch of thread i lies at memory + i * thread_bytes.
+cdef struct Plan:
+    int num_threads
+    Py_ssize_t block_rows
+    Py_ssize_t task_rows
+    Py_ssize_t n_tasks
+    Py_ssize_t thread_bytes
+    char* memory
+    bint split              # columns instead of rows
+
+
+cdef Py_ssize_t terms_needed(const Batch* batch, const floating* like) noexcept nogil:
+    if batch.n_classes <= SMALL_CLASSES:
+        return BLOCK_ELEMENTS
+    if batch.out == NULL:
+        return CHUNK
+    if has_two_buffers(like, batch.n_classes):
+        return larger(CHUNK, 2 * padded(batch.n_classes))
+    if keeps_terms(like, batch.n_classes):
+        return padded(batch.n_classes)
+    return CHUNK
+
+
+# Tasks are small enough to share the work evenly, and large enough to hide that sharing costs a microsecond or two.
+cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
+    cdef Plan plan
+    cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
+    plan.block_rows = BLOCK_ROWS
+    if n_classes <= SMALL_CLASSES:
+        plan.block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+    plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
+    if plan.task_rows > plan.block_rows:
+        plan.task_rows -= plan.task_rows % plan.block_rows
+    plan.task_rows = larger(plan.task_rows, plan.block_rows if n_classes <= SMALL_CLASSES else 1)
+    plan.n_tasks = (n_rows + plan.task_rows - 1) // plan.task_rows
+    if is_forked_child():
+        num_threads = 1
+    plan.split = num_threads > 1 and n_classes >= SPLIT_CLASSES and n_rows < TASKS_PER_THREAD * num_threads
+    plan.num_threads = num_threads if plan.split else <int>smaller(num_threads, plan.n_tasks)
+    plan.thread_bytes = sizeof(Scratch) + (terms_needed(batch, like) + SUM_BLOCK) * sizeof(floating)
+    plan.thread_bytes += (64 - plan.thread_bytes % 64) % 64
+    return plan
+
+
+# The whole batch; returns False when the scratch cannot be had, before anything is written. One thread never enters
+# OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
 cdef bint take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
-    cdef Py_ssize_t block_rows, task_rows, n_tasks, task, terms_bytes, thread_bytes
+    cdef Plan plan
+    cdef Py_ssize_t task
     cdef char* memory
-    cdef char* aligned
     if n_rows == 0:
         return True
     batch.stream = n_rows * n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
-    if n_classes <= SMALL_CLASSES:
-        block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
-        terms_bytes = BLOCK_ELEMENTS * sizeof(floating)
-    else:
-        block_rows = BLOCK_ROWS
-        terms_bytes = SUM_BLOCK * sizeof(floating)
-        if batch.out != NULL:
-            terms_bytes = CHUNK * sizeof(floating)
-            if has_two_buffers(like, n_classes):
-                terms_bytes = 2 * padded(n_classes) * sizeof(floating)
-            elif keeps_terms(like, n_classes):
-                terms_bytes = padded(n_classes) * sizeof(floating)
-    task_rows = larger(block_rows, TASK_ELEMENTS // n_classes // block_rows * block_rows)
-    n_tasks = (n_rows + task_rows - 1) // task_rows
-    num_threads = <int>smaller(num_threads, n_tasks)
-    thread_bytes = sizeof(Scratch) + terms_bytes + SUM_BLOCK * sizeof(floating)
-    thread_bytes += (64 - thread_bytes % 64) % 64
-    memory = <char*>malloc(num_threads * thread_bytes + 64)
+    plan = plan_batch(batch, num_threads, like)
+    memory = <char*>malloc(
+        plan.num_threads * plan.thread_bytes + 64 + (split_bytes(n_rows, n_classes) if plan.split else 0)
+    )
     if memory == NULL:
         return False
-    aligned = memory + (64 - <uintptr_t>memory % 64) % 64
-    if num_threads == 1 or is_forked_child():
-        take_task(batch, <Scratch*>aligned, 0, n_rows, block_rows, like)
+    plan.memory = memory + (64 - <uintptr_t>memory % 64) % 64
+    if plan.split:
+        split_rows(batch, &plan, like)
+    elif plan.num_threads == 1:
+        take_task(batch, <Scratch*>plan.memory, 0, n_rows, plan.block_rows, like)
     else:
-        for task in prange(n_tasks, num_threads=num_threads, schedule="dynamic", chunksize=1):
+        for task in prange(plan.n_tasks, num_threads=plan.num_threads, schedule="dynamic", chunksize=1):
             take_task(
-                batch, <Scratch*>(aligned + threadid() * thread_bytes), task * task_rows,
-                smaller(task_rows, n_rows - task * task_rows), block_rows, like,
+                batch, <Scratch*>(plan.memory + threadid() * plan.thread_bytes), task * plan.task_rows,
+                smaller(plan.task_rows, n_rows - task * plan.task_rows), plan.block_rows, like,
             )
     free(memory)
     return True
+
+
+# ---- few rows, many classes: the columns over the threads ----------------------------------------------------------
+
+# What is known of a row while its chunks are spread over the threads.
+cdef struct SplitRow:
+    ExpWindow window
+    double at_target
+    bint whole              # to be taken by take_rows after all: ignored, or its target's window does not fit
+
+
+cdef Py_ssize_t split_bytes(Py_ssize_t n_rows, Py_ssize_t n_classes) noexcept nogil:
+    return n_rows * (sizeof(SplitRow) + (n_classes + CHUNK - 1) // CHUNK * sizeof(double))
+
+
+# The same numbers as take_rows, to the bit: chunks of the same size are summed in the same order. First all chunk
+# sums; then, once S is known, all gradients, from exponentials that are computed a second time.
+cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexcept nogil:
+    cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
+    cdef Py_ssize_t n_chunks = (n_classes + CHUNK - 1) // CHUNK
+    cdef Scratch* rows = <Scratch*>plan.memory
+    cdef SplitRow* row = <SplitRow*>(plan.memory + plan.num_threads * plan.thread_bytes)
+    cdef double* sums = <double*>(row + n_rows)
+    cdef const floating* x
+    cdef int64_t t
+    cdef Py_ssize_t r, task
+    cdef double others
+    for r in range(n_rows):
+        t = batch.ids[r]
+        x = <const floating*>(batch.logits + r * batch.logits_stride)
+        row[r].whole = t < 0 or not fabs(x[larger(t, 0)]) <= exp_limit(x)
+        if not row[r].whole:
+            row[r].window = exp_window(x, shift_for(x, x[t]), 0.0)
+    for task in prange(n_rows * n_chunks, num_threads=plan.num_threads, schedule="static"):
+        sum_split(batch, plan, row, sums, task // n_chunks, task % n_chunks, like)
+    load_scales(batch, rows, 0, n_rows)
+    for r in range(n_rows):
+        put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
+        if not row[r].whole:
+            x = <const floating*>(batch.logits + r * batch.logits_stride)
+            others = sum_of_chunks(sums + r * n_chunks, n_chunks)
+            row[r].whole = not others < sum_limit(x)
+            put_row(rows, r, others, row[r].at_target, x[batch.ids[r]], row[r].window.shift)
+    finish_rows(rows, n_rows)
+    memcpy(batch.losses, rows.loss, n_rows * sizeof(double))
+    if batch.out != NULL:
+        for task in prange(n_rows * n_chunks, num_threads=plan.num_threads, schedule="static"):
+            write_split(batch, plan, row, rows, task // n_chunks, task % n_chunks, like)
+        for r in range(n_rows):
+            if not row[r].whole:
+                pull_target(batch, rows, 0, r, like)
+    for r in range(n_rows):
+        if row[r].whole:
+            take_rows(batch, rows, r, 1, like)
+
+
+cdef void sum_split(
+    const Batch* batch, const Plan* plan, SplitRow* row, double* sums, Py_ssize_t r, Py_ssize_t chunk,
+    const floating* like,
+) noexcept nogil:
+    cdef Scratch* own = <Scratch*>(plan.memory + threadid() * plan.thread_bytes)
+    cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
+    cdef Py_ssize_t start = chunk * CHUNK, n_chunks = (batch.n_classes + CHUNK - 1) // CHUNK
+    cdef Pending nothing
+    nothing.left = 0
+    if not row[r].whole:
+        sums[r * n_chunks + chunk] = sum_chunk(
+            x + start, <floating*>own.terms, smaller(batch.n_classes - start, CHUNK), batch.ids[r] - start, False,
+            &row[r].window, &row[r].at_target, &nothing,
+        )
+
+
+cdef void write_split(
+    const Batch* batch, const Plan* plan, const SplitRow* row, const Scratch* rows, Py_ssize_t r, Py_ssize_t chunk,
+    const floating* like,
+) noexcept nogil:
+    cdef Scratch* own = <Scratch*>(plan.memory + threadid() * plan.thread_bytes)
+    cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
+    cdef floating* out = <floating*>(batch.out + r * batch.out_stride)
+    cdef Py_ssize_t start = chunk * CHUNK, size = smaller(batch.n_classes - start, CHUNK)
+    if not row[r].whole:
+        exp_terms(x + start, <floating*>own.terms, size, &row[r].window)
+        scale_terms(out + start, <floating*>own.terms, size, rows.scale[r], rows.inverse[r])
 
 
 # ---- entry points --------------------------------------------------------------------------------------------------
