@@ -204,11 +204,11 @@ def as_rows(array):
         return array.reshape(-1, array.shape[-1])
     if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         return None
-    row_stride = None
+    row_stride = 0
     n_rows = 1
     for length, stride in zip(array.shape[-2::-1], array.strides[-2::-1], strict=True):
         if length != 1:
-            if row_stride is None:
+            if n_rows == 1:
                 row_stride = stride
             elif stride != row_stride * n_rows:
                 return None

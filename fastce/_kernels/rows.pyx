@@ -62,10 +62,10 @@ cdef enum:
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     SPLIT_CLASSES = 16384   # rows of at least so many elements are shared among the threads when there are few
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
-    PLAIN_ELEMENTS = 67108864   # batches above are walked in slabs, between which Ctrl-C is noticed
+    PLAIN_ELEMENTS = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
     IGNORE_INDEX = -100
     KEEP_BYTES = 524288     # the most that a row's exponentials may take of the scratch: half an L2 cache of 1 MB
-    STREAM_BYTES = 33554432 # gradients of this size and more are written past the caches
+    STREAM_BYTES = 1 << 25  # gradients of this size and more are written past the caches
 
 cdef double LN2_HIGH = 0.6931471805582987       # 38 bits: exact times any shift
 cdef double LN2_LOW = 1.6465949582897082e-12
@@ -183,7 +183,7 @@ cdef inline double total_of(Sum* sums) noexcept nogil:
     return (sums.total[0] + sums.total[2]) + (sums.total[1] + sums.total[3])
 
 
-# The sum of a chunk's terms without element t (any t outside the chunk: of all), which goes to at_target. Every block is
+# The sum of a chunk's terms without element t (outside the chunk: of all), which goes to at_target. Every block is
 # added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other. The last vector of
 # the row overlaps the one before it: rows have at least LANES elements here, and `terms` has LANES of slack in front.
 cdef double sum_chunk(
@@ -195,7 +195,7 @@ cdef double sum_chunk(
     cdef floating high = <floating>window.high
     cdef floating magic = <floating>window.magic
     cdef Py_ssize_t _block, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
-    cdef floating nothing = <floating>(0.0 * window.magic)   # 0, but not to gcc, which makes of 0 a slow "rep stos"
+    cdef floating nothing = <floating>(0.0 * window.magic)  # 0, but not to gcc, which makes a slow "rep stos" of it
     cdef Sum sums
     for lane in range(LANES):
         sums.total[lane] = 0.0
