@@ -55,7 +55,8 @@ cdef enum:
     SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
     CHUNK = 4096            # elements of a row that are added up before the next are looked at; half an L1 cache
     SMALL_LANES = 8         # of the sums of small rows
-    SMALL_CLASSES = 48      # rows up to this length are taken many at a time, longer ones one by one
+    SMALL_CLASSES = 48      # rows up to this length are taken many at a time
+    MEDIUM_CLASSES = 4096   # rows up to this length go through a pipeline of three rows, longer ones one by one
     BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
     BLOCK_ROWS = 128
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
@@ -111,7 +112,8 @@ cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return a if a > b else b
 
 
-cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
+# The elements of a buffer for a row's exponentials: whole blocks.
+cdef inline Py_ssize_t buffer_elements(Py_ssize_t n) noexcept nogil:
     return (n + SUM_BLOCK - 1) // SUM_BLOCK * SUM_BLOCK
 
 
@@ -152,6 +154,13 @@ cdef void exp_terms(const floating* x, floating* terms, Py_ssize_t n, const ExpW
 cdef struct Sum:
     double[LANES] total
     double[LANES] error
+
+
+cdef inline void clear(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.total[lane] = 0.0
+        sums.error[lane] = 0.0
 
 
 cdef inline void add_block(const floating* t, Sum* sums) noexcept nogil:
@@ -197,9 +206,7 @@ cdef double sum_chunk(
     cdef Py_ssize_t _block, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
     cdef floating nothing = <floating>(0.0 * window.magic)  # 0, but not to gcc, which makes a slow "rep stos" of it
     cdef Sum sums
-    for lane in range(LANES):
-        sums.total[lane] = 0.0
-        sums.error[lane] = 0.0
+    clear(&sums)
     for _block in range(n_blocks):
         for lane in range(SUM_BLOCK):
             terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
@@ -386,16 +393,19 @@ cdef void scale_terms(
             out[j] = (terms[j] * power) * rest
 
 
-# Row r's gradient becomes pending. Elements before the first 64-byte boundary are written at once, so that no later
-# store crosses a cache line; a factor out of range leaves nothing pending.
+# Row r's gradient becomes pending. Streamed rows write the elements before the first 64-byte boundary at once; a factor
+# out of range leaves nothing pending.
 cdef void begin_row(
     floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, bint stream, Pending* pending
 ) noexcept nogil:
-    cdef Py_ssize_t head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    cdef Py_ssize_t head = 0
     pending.factor = rows.scale[r] * rows.inverse[r]
     if not is_normal(out, pending.factor):
         head = n
-    scale_terms(out, terms, head, rows.scale[r], rows.inverse[r])
+    elif stream:
+        head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    if head:
+        scale_terms(out, terms, head, rows.scale[r], rows.inverse[r])
     pending.out = <char*>(out + head)
     pending.terms = <char*>(terms + head)
     pending.left = n - head
@@ -420,18 +430,26 @@ cdef inline void write_block(const floating* like, Pending* pending) noexcept no
     pending.left -= SUM_BLOCK
 
 
+# What is left of the pending row; its last vector overlaps the one before it where there is room.
 cdef void end_row(const floating* like, Pending* pending) noexcept nogil:
     cdef floating* out
     cdef const floating* terms
     cdef floating factor = <floating>pending.factor
-    cdef Py_ssize_t j
+    cdef Py_ssize_t j, left
     while pending.left >= SUM_BLOCK:
         write_block(like, pending)
+    left = pending.left
+    pending.left = 0
     out = <floating*>pending.out
     terms = <const floating*>pending.terms
-    for j in range(pending.left):
+    if left >= LANES:
+        for j in range(left - left % LANES):
+            out[j] = terms[j] * factor
+        out += left - LANES
+        terms += left - LANES
+        left = LANES if left % LANES else 0
+    for j in range(left):
         out[j] = terms[j] * factor
-    pending.left = 0
 
 
 # Whether `factor` is 0, nan or a normal number of the dtype, with room to spare.
@@ -462,7 +480,106 @@ cdef void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ss
         rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
 
 
-# Rows [first, first + n) of more than SMALL_CLASSES classes. While one row's exponentials go into one buffer, the
+# Rows [first, first + n) of more than SMALL_CLASSES and at most MEDIUM_CLASSES classes, in a pipeline of three: while
+# one row's exponentials are computed, those of the row before are summed and the gradient of the row before that is
+# written, block by block, so that multipliers, adders and caches are busy together and no row waits for another's sum.
+cdef void take_medium_rows(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, width = buffer_elements(n_classes)
+    cdef floating* terms = <floating*>rows.terms
+    cdef const floating* x
+    cdef floating* row_terms
+    cdef floating* summed
+    cdef Py_ssize_t[BLOCK_ROWS] live
+    cdef Py_ssize_t i, r, before, n_live = 0
+    cdef int64_t t
+    cdef ExpWindow window, own
+    cdef Pending pending
+    cdef double others
+    pending.left = 0
+    load_scales(batch, rows, first, n)
+    for r in range(n):
+        if batch.ids[first + r] >= 0:
+            live[n_live] = r
+            n_live += 1
+        else:
+            put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
+            if batch.out != NULL:
+                memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
+    for i in range(n_live + 1):
+        row_terms = terms + i % 3 * width
+        summed = terms + (i + 2) % 3 * width if i > 0 else NULL
+        x = NULL
+        if i < n_live:
+            r = live[i]
+            t = batch.ids[first + r]
+            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+            window = exp_window(x, shift_for(x, x[t] if fabs(x[t]) <= exp_limit(x) else 0.0), 0.0)
+        others = sweep(x, row_terms, n_classes, &window, summed, &pending)
+        if batch.out != NULL:
+            end_row(like, &pending)
+            if i > 1:
+                pull_target(batch, rows, first, live[i - 2], like)
+        if i > 0:
+            before = live[i - 1]
+            rows.others[before] = others
+            if not others < sum_limit(like) or not fabs(rows.z_target[before]) <= exp_limit(like):
+                x = <const floating*>(batch.logits + (first + before) * batch.logits_stride)
+                take_row(x, summed, n_classes, batch.ids[first + before], True, rows, before, &own, &pending)
+            if batch.out != NULL:
+                rows.inverse[before] = 1.0 / (rows.others[before] + rows.at_target[before])
+                begin_row(
+                    <floating*>(batch.out + (first + before) * batch.out_stride), summed, n_classes, rows, before,
+                    batch.stream, &pending,
+                )
+        if i < n_live:
+            x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+            put_row(rows, r, 0.0, row_terms[t], x[t], window.shift)
+            row_terms[t] = 0
+    if batch.out != NULL and n_live > 0:
+        end_row(like, &pending)
+        pull_target(batch, rows, first, live[n_live - 1], like)
+    finish_rows(rows, n)
+    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+
+
+# One turn of the pipeline: exponentials of x into terms, the sum of another row's terms, a third row's gradient. Each
+# of the three may be absent (x or summed NULL, nothing pending).
+cdef double sweep(
+    const floating* x, floating* terms, Py_ssize_t n, const ExpWindow* window, const floating* summed,
+    Pending* pending,
+) noexcept nogil:
+    cdef floating offset = <floating>window.offset
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef floating nothing = <floating>(0.0 * window.magic)  # 0, but not to gcc, which makes a slow "rep stos" of it
+    cdef Py_ssize_t block, lane, start, rest
+    cdef Sum sums
+    clear(&sums)
+    for block in range((n + SUM_BLOCK - 1) // SUM_BLOCK):
+        start = block * SUM_BLOCK
+        rest = n - start
+        if x != NULL:
+            if rest >= SUM_BLOCK:
+                for lane in range(SUM_BLOCK):
+                    terms[start + lane] = exp_shifted(x[start + lane], offset, low, high, magic)
+            else:
+                for lane in range(SUM_BLOCK):
+                    terms[start + lane] = nothing
+                for lane in range(rest - rest % LANES):
+                    terms[start + lane] = exp_shifted(x[start + lane], offset, low, high, magic)
+                for lane in range(n - LANES, n):
+                    terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+        if summed != NULL:
+            add_block(summed + start, &sums)
+        if pending.left >= SUM_BLOCK:
+            write_block(terms, pending)
+    return total_of(&sums)
+
+
+# Rows [first, first + n) of more than MEDIUM_CLASSES classes. While one row's exponentials go into one buffer, the
 # gradient of the row before is written from the other; all logarithms come at the end, in vectors. Rows of more than
 # TWO_BUFFERS elements have one buffer, rows of more than KEEP_ELEMENTS none: they compute their exponentials twice.
 cdef void take_rows(
@@ -470,7 +587,7 @@ cdef void take_rows(
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes
     cdef bint keep = batch.out != NULL and keeps_terms(like, n_classes)
-    cdef Py_ssize_t other = padded(n_classes) if has_two_buffers(like, n_classes) else 0
+    cdef Py_ssize_t other = buffer_elements(n_classes) if has_two_buffers(like, n_classes) else 0
     cdef floating* terms = <floating*>rows.terms
     cdef const floating* x
     cdef floating* out
@@ -693,6 +810,8 @@ cdef void take_task(
         size = smaller(block_rows, n - start)
         if batch.n_classes <= SMALL_CLASSES:
             take_small_rows(batch, rows, first + start, size, like)
+        elif batch.n_classes <= MEDIUM_CLASSES:
+            take_medium_rows(batch, rows, first + start, size, like)
         else:
             take_rows(batch, rows, first + start, size, like)
     if batch.stream:
@@ -713,12 +832,14 @@ cdef struct Plan:
 cdef Py_ssize_t terms_needed(const Batch* batch, const floating* like) noexcept nogil:
     if batch.n_classes <= SMALL_CLASSES:
         return BLOCK_ELEMENTS
+    if batch.n_classes <= MEDIUM_CLASSES:
+        return 3 * buffer_elements(batch.n_classes)
     if batch.out == NULL:
         return CHUNK
     if has_two_buffers(like, batch.n_classes):
-        return larger(CHUNK, 2 * padded(batch.n_classes))
+        return larger(CHUNK, 2 * buffer_elements(batch.n_classes))
     if keeps_terms(like, batch.n_classes):
-        return padded(batch.n_classes)
+        return buffer_elements(batch.n_classes)
     return CHUNK
 
 
