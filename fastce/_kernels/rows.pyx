@@ -43,6 +43,7 @@ cdef extern from "target.h" nogil:
     bint is_forked_child "fastce_is_forked_child" ()
     void stream_block_float "fastce_stream_block_float" (float* out, const float* terms, float factor)
     void stream_block_double "fastce_stream_block_double" (double* out, const double* terms, double factor)
+    void prefetch "fastce_prefetch" (const void* address)
     void stream_fence "fastce_stream_fence" ()
     void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, int64_t t, double* lanes)
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, int64_t t, double* lanes)
@@ -55,7 +56,7 @@ cdef enum:
     SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
     CHUNK = 4096            # elements of a row that are added up before the next are looked at; half an L1 cache
     SMALL_LANES = 8         # of the sums of small rows
-    SMALL_CLASSES = 48      # rows up to this length are taken many at a time
+    SMALL_CLASSES = 96      # rows up to this length are taken many at a time
     MEDIUM_CLASSES = 4096   # rows up to this length go through a pipeline of three rows, longer ones one by one
     BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
     BLOCK_ROWS = 128
@@ -65,8 +66,9 @@ cdef enum:
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
     PLAIN_ELEMENTS = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
     IGNORE_INDEX = -100
-    KEEP_BYTES = 524288     # the most that a row's exponentials may take of the scratch: half an L2 cache of 1 MB
-    STREAM_BYTES = 1 << 25  # gradients of this size and more are written past the caches
+    PREFETCH_BYTES = 2048   # how far ahead logits are asked for: the processor's own prefetch stops at each page
+    KEEP_BYTES = 1 << 20    # the most that exponentials may take of the scratch
+    STREAM_BYTES = 1 << 24  # gradients of this size and more are written past the caches
 
 cdef double LN2_HIGH = 0.6931471805582987       # 38 bits: exact times any shift
 cdef double LN2_LOW = 1.6465949582897082e-12
@@ -208,6 +210,8 @@ cdef double sum_chunk(
     cdef Sum sums
     clear(&sums)
     for _block in range(n_blocks):
+        for lane in range(0, SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
+            prefetch(<char*>x + PREFETCH_BYTES + lane * 64)
         for lane in range(SUM_BLOCK):
             terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
         if 0 <= t < SUM_BLOCK:
@@ -562,6 +566,8 @@ cdef double sweep(
         start = block * SUM_BLOCK
         rest = n - start
         if x != NULL:
+            for lane in range(0, SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
+                prefetch(<char*>(x + start) + PREFETCH_BYTES + lane * 64)
             if rest >= SUM_BLOCK:
                 for lane in range(SUM_BLOCK):
                     terms[start + lane] = exp_shifted(x[start + lane], offset, low, high, magic)
@@ -793,7 +799,7 @@ cdef inline double small_shift(const floating* like) noexcept nogil:
 
 cdef inline double small_sum_low(const floating* like) noexcept nogil:
     if floating is float:
-        return 1073741824.0      # 2^30: what was flushed is below 2^-127 * 48 / 2^30 of the row's sum
+        return 1073741824.0      # 2^30: what was flushed is below 2^-127 * 96 / 2^30 of the row's sum
     else:
         return 4.0e138           # 2^460
 
@@ -869,15 +875,16 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
 cdef bint take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
     cdef Plan plan
-    cdef Py_ssize_t task
+    cdef Py_ssize_t task, n_bytes
     cdef char* memory
     if n_rows == 0:
         return True
     batch.stream = n_rows * n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
     plan = plan_batch(batch, num_threads, like)
-    memory = <char*>malloc(
-        plan.num_threads * plan.thread_bytes + 64 + (split_bytes(n_rows, n_classes) if plan.split else 0)
-    )
+    n_bytes = plan.num_threads * plan.thread_bytes + 64
+    if plan.split:
+        n_bytes += split_terms_bytes(batch, plan.num_threads, like) + split_bytes(batch)
+    memory = <char*>malloc(n_bytes)
     if memory == NULL:
         return False
     plan.memory = memory + (64 - <uintptr_t>memory % 64) % 64
@@ -904,78 +911,111 @@ cdef struct SplitRow:
     bint whole              # to be taken by take_rows after all: ignored, or its target's window does not fit
 
 
-cdef Py_ssize_t split_bytes(Py_ssize_t n_rows, Py_ssize_t n_classes) noexcept nogil:
-    return n_rows * (sizeof(SplitRow) + (n_classes + CHUNK - 1) // CHUNK * sizeof(double))
+cdef struct Split:
+    SplitRow* rows
+    double* sums            # of the chunks, row by row
+    char* terms             # of the chunks, each behind a vector of slack; NULL: to be computed twice
+    Py_ssize_t n_chunks     # of a row
+
+
+cdef inline Py_ssize_t chunks_of(Py_ssize_t n_classes) noexcept nogil:
+    return (n_classes + CHUNK - 1) // CHUNK
+
+
+cdef Py_ssize_t split_bytes(const Batch* batch) noexcept nogil:
+    return batch.n_rows * (sizeof(SplitRow) + chunks_of(batch.n_classes) * sizeof(double)) + 64
+
+
+cdef Py_ssize_t split_terms_bytes(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
+    cdef Py_ssize_t n_bytes = batch.n_rows * chunks_of(batch.n_classes) * (CHUNK + LANES) * sizeof(floating)
+    return n_bytes if batch.out != NULL and n_bytes <= num_threads * KEEP_BYTES else 0
 
 
 # The same numbers as take_rows, to the bit: chunks of the same size are summed in the same order. First all chunk
-# sums; then, once S is known, all gradients, from exponentials that are computed a second time.
+# sums; then, once S is known, all gradients, from exponentials that were kept or are computed a second time.
 cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexcept nogil:
-    cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
-    cdef Py_ssize_t n_chunks = (n_classes + CHUNK - 1) // CHUNK
+    cdef Py_ssize_t n_rows = batch.n_rows, r, task, n_tasks
     cdef Scratch* rows = <Scratch*>plan.memory
-    cdef SplitRow* row = <SplitRow*>(plan.memory + plan.num_threads * plan.thread_bytes)
-    cdef double* sums = <double*>(row + n_rows)
+    cdef char* memory = plan.memory + plan.num_threads * plan.thread_bytes
+    cdef Split split
+    cdef SplitRow* row
     cdef const floating* x
     cdef int64_t t
-    cdef Py_ssize_t r, task
     cdef double others
+    split.terms = memory if split_terms_bytes(batch, plan.num_threads, like) else NULL
+    memory += split_terms_bytes(batch, plan.num_threads, like)
+    split.n_chunks = chunks_of(batch.n_classes)
+    split.rows = <SplitRow*>memory
+    split.sums = <double*>(split.rows + n_rows)
+    n_tasks = n_rows * split.n_chunks
     for r in range(n_rows):
+        row = split.rows + r
         t = batch.ids[r]
         x = <const floating*>(batch.logits + r * batch.logits_stride)
-        row[r].whole = t < 0 or not fabs(x[larger(t, 0)]) <= exp_limit(x)
-        if not row[r].whole:
-            row[r].window = exp_window(x, shift_for(x, x[t]), 0.0)
-    for task in prange(n_rows * n_chunks, num_threads=plan.num_threads, schedule="static"):
-        sum_split(batch, plan, row, sums, task // n_chunks, task % n_chunks, like)
+        row.whole = t < 0 or not fabs(x[larger(t, 0)]) <= exp_limit(x)
+        if not row.whole:
+            row.window = exp_window(x, shift_for(x, x[t]), 0.0)
+    for task in prange(n_tasks, num_threads=plan.num_threads, schedule="static"):
+        sum_split(batch, plan, &split, task, like)
     load_scales(batch, rows, 0, n_rows)
     for r in range(n_rows):
+        row = split.rows + r
         put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
-        if not row[r].whole:
+        if not row.whole:
             x = <const floating*>(batch.logits + r * batch.logits_stride)
-            others = sum_of_chunks(sums + r * n_chunks, n_chunks)
-            row[r].whole = not others < sum_limit(x)
-            put_row(rows, r, others, row[r].at_target, x[batch.ids[r]], row[r].window.shift)
+            others = sum_of_chunks(split.sums + r * split.n_chunks, split.n_chunks)
+            row.whole = not others < sum_limit(x)
+            put_row(rows, r, others, row.at_target, x[batch.ids[r]], row.window.shift)
     finish_rows(rows, n_rows)
     memcpy(batch.losses, rows.loss, n_rows * sizeof(double))
     if batch.out != NULL:
-        for task in prange(n_rows * n_chunks, num_threads=plan.num_threads, schedule="static"):
-            write_split(batch, plan, row, rows, task // n_chunks, task % n_chunks, like)
+        for task in prange(n_tasks, num_threads=plan.num_threads, schedule="static"):
+            write_split(batch, plan, &split, rows, task, like)
         for r in range(n_rows):
-            if not row[r].whole:
+            if not split.rows[r].whole:
                 pull_target(batch, rows, 0, r, like)
     for r in range(n_rows):
-        if row[r].whole:
+        if split.rows[r].whole:
             take_rows(batch, rows, r, 1, like)
 
 
-cdef void sum_split(
-    const Batch* batch, const Plan* plan, SplitRow* row, double* sums, Py_ssize_t r, Py_ssize_t chunk,
-    const floating* like,
+# The exponentials of a chunk: kept for the second round, or in the thread's own scratch.
+cdef inline floating* split_terms(
+    const Plan* plan, const Split* split, Py_ssize_t task, const floating* like
 ) noexcept nogil:
-    cdef Scratch* own = <Scratch*>(plan.memory + threadid() * plan.thread_bytes)
+    if split.terms == NULL:
+        return <floating*>(<Scratch*>(plan.memory + threadid() * plan.thread_bytes)).terms
+    return <floating*>split.terms + task * (CHUNK + LANES) + LANES
+
+
+cdef void sum_split(
+    const Batch* batch, const Plan* plan, const Split* split, Py_ssize_t task, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t r = task // split.n_chunks, start = task % split.n_chunks * CHUNK
     cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
-    cdef Py_ssize_t start = chunk * CHUNK, n_chunks = (batch.n_classes + CHUNK - 1) // CHUNK
+    cdef SplitRow* row = split.rows + r
     cdef Pending nothing
     nothing.left = 0
-    if not row[r].whole:
-        sums[r * n_chunks + chunk] = sum_chunk(
-            x + start, <floating*>own.terms, smaller(batch.n_classes - start, CHUNK), batch.ids[r] - start, False,
-            &row[r].window, &row[r].at_target, &nothing,
+    if not row.whole:
+        split.sums[task] = sum_chunk(
+            x + start, split_terms(plan, split, task, like), smaller(batch.n_classes - start, CHUNK),
+            batch.ids[r] - start, True, &row.window, &row.at_target, &nothing,
         )
 
 
 cdef void write_split(
-    const Batch* batch, const Plan* plan, const SplitRow* row, const Scratch* rows, Py_ssize_t r, Py_ssize_t chunk,
+    const Batch* batch, const Plan* plan, const Split* split, const Scratch* rows, Py_ssize_t task,
     const floating* like,
 ) noexcept nogil:
-    cdef Scratch* own = <Scratch*>(plan.memory + threadid() * plan.thread_bytes)
+    cdef Py_ssize_t r = task // split.n_chunks, start = task % split.n_chunks * CHUNK
     cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
     cdef floating* out = <floating*>(batch.out + r * batch.out_stride)
-    cdef Py_ssize_t start = chunk * CHUNK, size = smaller(batch.n_classes - start, CHUNK)
-    if not row[r].whole:
-        exp_terms(x + start, <floating*>own.terms, size, &row[r].window)
-        scale_terms(out + start, <floating*>own.terms, size, rows.scale[r], rows.inverse[r])
+    cdef floating* terms = split_terms(plan, split, task, like)
+    cdef Py_ssize_t size = smaller(batch.n_classes - start, CHUNK)
+    if not split.rows[r].whole:
+        if split.terms == NULL:
+            exp_terms(x + start, terms, size, &split.rows[r].window)
+        scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
 
 
 # ---- entry points --------------------------------------------------------------------------------------------------

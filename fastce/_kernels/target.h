@@ -55,56 +55,55 @@ static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, f
 static inline int fastce_is_forked_child(void) { return fastce_forked; }
 
 /* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ...; the row is read
-   up to the next multiple of 8 and what lies beyond n is left out. Vector types of the target's width, not a loop over
+   up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not a loop over
    an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles. */
 #if defined(__AVX512F__)
-#define FASTCE_WIDTH 8
+#define FASTCE_BYTES 64
 #elif defined(__AVX__)
-#define FASTCE_WIDTH 4
+#define FASTCE_BYTES 32
 #else
-#define FASTCE_WIDTH 2
+#define FASTCE_BYTES 16
 #endif
-typedef double fastce_lanes __attribute__((vector_size(8 * FASTCE_WIDTH)));
-typedef int64_t fastce_mask __attribute__((vector_size(8 * FASTCE_WIDTH)));
-typedef float fastce_single __attribute__((vector_size(4 * FASTCE_WIDTH)));
+#define FASTCE_LANES (FASTCE_BYTES / 8)
+typedef double fastce_double_lanes __attribute__((vector_size(FASTCE_BYTES)));
+typedef int64_t fastce_double_index __attribute__((vector_size(FASTCE_BYTES)));
+typedef float fastce_float_lanes __attribute__((vector_size(FASTCE_BYTES)));
+typedef int32_t fastce_float_index __attribute__((vector_size(FASTCE_BYTES)));
+typedef float fastce_half_lanes __attribute__((vector_size(FASTCE_BYTES / 2)));
 
-static inline fastce_lanes fastce_load_float(const float *x)
+static inline void fastce_add_float(fastce_float_lanes terms, fastce_double_lanes *sum, int part)
 {
-    fastce_single lanes;
-    memcpy(&lanes, x, sizeof lanes);
-    return __builtin_convertvector(lanes, fastce_lanes);
+    union { fastce_float_lanes whole; fastce_half_lanes half[2]; } split = {terms};
+    sum[2 * part % (8 / FASTCE_LANES)] += __builtin_convertvector(split.half[0], fastce_double_lanes);
+    sum[(2 * part + 1) % (8 / FASTCE_LANES)] += __builtin_convertvector(split.half[1], fastce_double_lanes);
 }
 
-static inline fastce_lanes fastce_load_double(const double *x)
+static inline void fastce_add_double(fastce_double_lanes terms, fastce_double_lanes *sum, int part)
 {
-    fastce_lanes lanes;
-    memcpy(&lanes, x, sizeof lanes);
-    return lanes;
+    sum[part % (8 / FASTCE_LANES)] += terms;
 }
 
-static inline fastce_lanes fastce_only(fastce_lanes lanes, fastce_mask where)
-{
-    return (fastce_lanes)((fastce_mask)lanes & where);
-}
-
-#define FASTCE_SUM_LANES(type)                                                                                        \
-    static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, int64_t t, double *lanes)                \
+#define FASTCE_SUM_LANES(type, integer)                                                                               \
+    static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
-        for (ptrdiff_t first = 0; first < 8; first += FASTCE_WIDTH) {                                                 \
-            fastce_mask index;                                                                                        \
-            fastce_lanes sum = {0};                                                                                   \
-            ptrdiff_t i = 0;                                                                                          \
-            for (int l = 0; l < FASTCE_WIDTH; l++)                                                                    \
-                index[l] = first + l;                                                                                 \
-            for (; i + 8 <= n; i += 8, index += 8)                                                                    \
-                sum += fastce_only(fastce_load_##type(row + i + first), index != t);                                  \
-            if (i < n)                                                                                                \
-                sum += fastce_only(fastce_load_##type(row + i + first), (index != t) & (index < (int64_t)n));         \
-            memcpy(lanes + first, &sum, sizeof sum);                                                                  \
-        }                                                                                                             \
+        enum { step = FASTCE_BYTES / sizeof(type) };                                                                  \
+        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
+        fastce_##type##_index index;                                                                                  \
+        for (int l = 0; l < step; l++)                                                                                \
+            index[l] = l;                                                                                             \
+        for (ptrdiff_t i = 0; i < n; i += 16)                                                                         \
+            for (int part = 0; part < 16 / step; part++) {                                                            \
+                ptrdiff_t start = i + part * step;                                                                    \
+                fastce_##type##_lanes terms;                                                                          \
+                fastce_##type##_index taken = (index != (integer)(t - start)) & (index < (integer)(n - start));       \
+                memcpy(&terms, row + start, sizeof terms);                                                            \
+                terms = (fastce_##type##_lanes)((fastce_##type##_index)terms & taken);                                \
+                fastce_add_##type(terms, sum, part);                                                                  \
+            }                                                                                                         \
+        memcpy(lanes, sum, sizeof sum);                                                                               \
     }
-FASTCE_SUM_LANES(float)
-FASTCE_SUM_LANES(double)
+FASTCE_SUM_LANES(float, int32_t)
+FASTCE_SUM_LANES(double, int64_t)
 
 /* out[i] = terms[i] * factor for 128 elements, out at a 64-byte boundary, past the caches: a gradient that does not fit
    them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor are the logits
@@ -139,5 +138,8 @@ static inline void fastce_stream_block_double(double *out, const double *terms, 
 {
     FASTCE_STREAM(out, terms, factor, double, pd);
 }
+
+/* A hint only: any address will do. */
+static inline void fastce_prefetch(const void *address) { __builtin_prefetch(address); }
 
 #endif
