@@ -12,9 +12,9 @@ import numpy as np
 class Effort:
     """How long to measure one contender: until it has had `rounds` turns or `seconds`, but `fewest` turns at least."""
 
-    rounds: int = 21
+    rounds: int = 15
     seconds: float = 1.0
-    fewest: int = 5
+    fewest: int = 3
     turn: float = 0.01  # short calls are repeated until a turn lasts this many seconds
 
 

@@ -55,7 +55,7 @@ cdef enum:
     LANES = 16              # of the sums: one 512-bit vector of float32
     SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
     CHUNK = 4096            # elements of a row that are added up before the next are looked at; half an L1 cache
-    SMALL_LANES = 8         # of the sums of small rows
+    SMALL_LANES = 4         # of the sums of small rows, once folded
     SMALL_CLASSES = 96      # rows up to this length are taken many at a time
     MEDIUM_CLASSES = 4096   # rows up to this length go through a pipeline of three rows, longer ones one by one
     BLOCK_ELEMENTS = 4096   # of a block of rows that share one pass through the phases
@@ -721,8 +721,8 @@ cdef void take_small_row(
     memcpy(terms, alone + LANES, n_classes * sizeof(floating))
 
 
-# others[r], e_t and z_t of each row; the sums in float64, 8 lanes over the row, then a tree over the lanes of 8 rows at
-# a time. Loads run up to 7 elements past a row's end, into the next row or the slack behind the block.
+# others[r], e_t and z_t of each row; the sums in float64, lanes over the row, then a tree over the lanes of many rows at
+# a time. Loads run up to 15 elements past a row's end, into the next row or the slack behind the block.
 cdef void sum_small_rows(
     const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
 ) noexcept nogil:
@@ -747,7 +747,7 @@ cdef void sum_small_rows(
             sum_lanes_double(row, n_classes, t, p + r * SMALL_LANES)
     for r in range(n):
         i = r * SMALL_LANES
-        rows.others[r] = ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])) + ((p[i + 4] + p[i + 5]) + (p[i + 6] + p[i + 7]))
+        rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
 
 
 # The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
@@ -1128,17 +1128,14 @@ cdef inline bint is_plain_out(out, logits) noexcept:
 cdef Py_ssize_t copy_ids(cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes) noexcept nogil:
     cdef const int64_t* wide = <const int64_t*>cnp.PyArray_DATA(targets)
     cdef const int32_t* narrow = <const int32_t*>cnp.PyArray_DATA(targets)
+    cdef bint is_wide = cnp.PyArray_TYPE(targets) == cnp.NPY_INT64
     cdef Py_ssize_t i, n_ignored = 0, n_outside = 0
-    if cnp.PyArray_TYPE(targets) == cnp.NPY_INT64:
-        for i in range(n):
-            ids[i] = wide[i]
-    else:
-        for i in range(n):
-            ids[i] = narrow[i]
+    cdef int64_t t
     for i in range(n):
-        n_outside += 1 if <uint64_t>ids[i] >= <uint64_t>n_classes else 0
-        n_ignored += 1 if ids[i] == IGNORE_INDEX else 0
-        ids[i] = -1 if ids[i] == IGNORE_INDEX else ids[i]
+        t = wide[i] if is_wide else narrow[i]
+        n_outside += 1 if <uint64_t>t >= <uint64_t>n_classes else 0
+        n_ignored += 1 if t == IGNORE_INDEX else 0
+        ids[i] = -1 if t == IGNORE_INDEX else t
     return n - n_ignored if n_outside == n_ignored else -1
 
 

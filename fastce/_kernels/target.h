@@ -54,8 +54,8 @@ static void fastce_note_fork(void) { fastce_forked = 1; }
 static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, fastce_note_fork); }
 static inline int fastce_is_forked_child(void) { return fastce_forked; }
 
-/* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ...; the row is read
-   up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not a loop over
+/* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
+   row is read up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not a loop over
    an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles. */
 #if defined(__AVX512F__)
 #define FASTCE_BYTES 64
@@ -83,6 +83,22 @@ static inline void fastce_add_double(fastce_double_lanes terms, fastce_double_la
     sum[part % (8 / FASTCE_LANES)] += terms;
 }
 
+/* folded[l] = lane l + lane l + 4. */
+static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
+{
+#if FASTCE_LANES == 8
+    typedef double half_lanes __attribute__((vector_size(32)));
+    union { fastce_double_lanes whole; half_lanes half[2]; } split = {sum[0]};
+    half_lanes both = split.half[0] + split.half[1];
+    memcpy(folded, &both, sizeof both);
+#else
+    for (int i = 0; i < 4 / FASTCE_LANES; i++) {
+        fastce_double_lanes both = sum[i] + sum[i + 4 / FASTCE_LANES];
+        memcpy(folded + i * FASTCE_LANES, &both, sizeof both);
+    }
+#endif
+}
+
 #define FASTCE_SUM_LANES(type, integer)                                                                               \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
@@ -100,7 +116,7 @@ static inline void fastce_add_double(fastce_double_lanes terms, fastce_double_la
                 terms = (fastce_##type##_lanes)((fastce_##type##_index)terms & taken);                                \
                 fastce_add_##type(terms, sum, part);                                                                  \
             }                                                                                                         \
-        memcpy(lanes, sum, sizeof sum);                                                                               \
+        fastce_fold(sum, lanes);                                                                                      \
     }
 FASTCE_SUM_LANES(float, int32_t)
 FASTCE_SUM_LANES(double, int64_t)
