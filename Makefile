@@ -28,7 +28,7 @@ bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.table
 
 compare: $(VENV)/installed-compare
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks --readme README.md
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check

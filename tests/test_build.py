@@ -105,6 +105,14 @@ def test_no_target_uses_registers_beyond_its_own(target, absent, objdump):
 
 
 @ON_X86_64
+@pytest.mark.parametrize("target", INFO["built_targets"])
+def test_the_exponential_is_inlined_everywhere(target, objdump):
+    symbols = inspect(module_path(target), "-t")
+    assert "take_batch" in symbols, "stripped: nothing can be seen"
+    assert "exp_shifted" not in symbols, "a call for every element keeps its loop from being taken in vectors"
+    assert "multiply_add" not in symbols
+
+
 def test_no_module_sets_fast_math(objdump):
     for target in INFO["built_targets"]:
         assert "set_fast_math" not in inspect(module_path(target), "-t")

@@ -39,6 +39,13 @@ static inline uint64_t fastce_bits_of_double(double x) { uint64_t bits; memcpy(&
 static inline float fastce_float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline double fastce_double_of_bits(uint64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
 
+/* x, but unknown to the compiler. */
+static inline double fastce_run_time_value(double x)
+{
+    volatile double value = x;
+    return value;
+}
+
 static inline int fastce_openmp_limit(void)
 {
 #if FASTCE_OPENMP

@@ -13,23 +13,24 @@ cdef extern from "target.h" nogil:
     uint64_t bits_of_double "fastce_bits_of_double" (double x)
     float float_of_bits "fastce_float_of_bits" (uint32_t bits)
     double double_of_bits "fastce_double_of_bits" (uint64_t bits)
+    double run_time_value "fastce_run_time_value" (double x)
 
 ctypedef fused floating:
     float
     double
 
 
-# What exp_shifted needs of a row: e^(x - offset) * 2^-shift. `low` and `high` must be run-time values: with literals
-# gcc turns each clamp into a compare, a blend and a masked multiply.
+# What exp_shifted needs of a row: e^(x - offset) * 2^-shift. A literal shift must pass through run_time_value:
+# clamping to a literal makes gcc build three operations where one would do.
 cdef struct ExpWindow:
-    double offset   # subtracted first; not 0 only in rows beyond EXP_LIMIT, where the difference is exact
+    double offset   # subtracted first; not 0 only in rows beyond exp_limit, where the difference is exact
     double shift    # an integer; enters only the exponent of the result
     double low      # where the result becomes exactly 0
     double high     # where it is clamped to about 2^124 (2^1019): the caller sees that in the sum
     double magic    # 1.5 * 2^23 (2^52) + exponent bias - shift
 
 
-# e^(x - offset) * 2^-shift, for |x - offset| <= EXP_LIMIT or x = -inf; the error is below 1 ulp.
+# e^(x - offset) * 2^-shift, for |x - offset| <= exp_limit or x = -inf; the error is below 1 ulp.
 #
 #     n = round(x * log2(e)),  r = x - n*ln2,  |r| <= ln2/2,  e^x * 2^-shift = e^r * 2^(n - shift)
 #

@@ -1,0 +1,213 @@
+"""A block of rows on its way through the kernels: what is known of each row, its loss, the writing of its gradient."""
+
+from libc.math cimport fabs
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, smaller
+from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
+
+cdef extern from "target.h" nogil:
+    void stream_block_float "fastce_stream_block_float" (float* out, const float* terms, float factor)
+    void stream_block_double "fastce_stream_block_double" (double* out, const double* terms, double factor)
+
+cdef enum:
+    BLOCK_ROWS = 128        # rows that share one pass through the logarithms
+    BLOCK_ELEMENTS = 4096   # of a block of small rows; half an L1 cache of float32
+    SMALL_LANES = 4         # of the sums of small rows, once folded
+
+
+# One call's batch. `out` is NULL when no gradient is wanted, `scales` when every row's gradient is scaled alike.
+cdef struct Batch:
+    char* logits
+    Py_ssize_t logits_stride
+    char* out
+    Py_ssize_t out_stride
+    int64_t* ids
+    double* scales
+    double scale
+    double* losses
+    Py_ssize_t n_rows
+    Py_ssize_t n_classes
+    bint stream             # the gradient is too large for the caches and not written over the logits
+
+
+# One thread's working memory: a number of each kind for each row of a block, and the block's exponentials. Arrays in
+# one struct, so that the compiler knows them apart and takes the rows in vectors.
+cdef struct Scratch:
+    double[BLOCK_ROWS] others
+    double[BLOCK_ROWS] at_target        # e_t
+    double[BLOCK_ROWS] z_target
+    double[BLOCK_ROWS] shift
+    double[BLOCK_ROWS] scale            # of the row's gradient
+    double[BLOCK_ROWS] inverse          # 1/S
+    double[BLOCK_ROWS] miss             # others/S = 1 - p_t
+    double[BLOCK_ROWS] loss
+    double[BLOCK_ROWS * SMALL_LANES] partial
+    double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
+    double[LANES] slack                 # before the exponentials, which follow the struct
+
+
+cdef inline char* terms_of(Scratch* rows) noexcept nogil:
+    return <char*>(rows + 1)
+
+
+# A row whose gradient is written block by block while the next row's exponentials are computed: the one is bound by
+# the caches, the other by arithmetic.
+cdef struct Pending:
+    char* out               # what is still to be written, from a 64-byte boundary on
+    char* terms
+    Py_ssize_t left         # elements
+    double factor           # scale/S
+    bint stream             # past the caches
+
+
+cdef inline void put_row(
+    Scratch* rows, Py_ssize_t r, double others, double at_target, double z_target, double shift
+) noexcept nogil:
+    rows.others[r] = others
+    rows.at_target[r] = at_target
+    rows.z_target[r] = z_target
+    rows.shift[r] = shift
+
+
+cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(n):
+        rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
+
+
+# 1 - p_t. Exactly 1 where the target is out of reach, which others * (1/S) alone may miss by an ulp.
+cdef inline double miss_of(double others, double at_target) noexcept nogil:
+    cdef double total = others + at_target
+    return 1.0 if others == total else others * (1.0 / total)
+
+
+# Losses and gradient factors of the block's rows, in float64 vectors: no scalar logarithm, no library call.
+# log(1 - miss) is taken at its rounded argument and corrected by what the rounding lost. 0 * S carries a nan into the
+# loss (the bit tricks of the logarithm drop it) and turns -0.0 into 0.0.
+cdef inline void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
+    cdef double ln2_high = 0.6931471805582987      # 38 bits: exact times any shift
+    cdef double ln2_low = 1.6465949582897082e-12
+    cdef double total, miss, x, lost, logarithm, exponent, z, sign, shift
+    cdef Py_ssize_t r
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        rows.inverse[r] = 1.0 / total
+        miss = miss_of(rows.others[r], rows.at_target[r])
+        rows.miss[r] = miss
+        x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
+        lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
+        logarithm = log_mantissa(x) + lost * (2.0 - x)
+        sign = -1.0 if rows.at_target[r] >= rows.others[r] else 1.0
+        shift = 0.0 if rows.at_target[r] >= rows.others[r] else rows.shift[r]
+        z = 0.0 if rows.at_target[r] >= rows.others[r] else rows.z_target[r]
+        exponent = sign * log_exponent(x) + shift
+        rows.loss[r] = (exponent * ln2_high - z) + (exponent * ln2_low + sign * logarithm) + 0.0 * total
+
+
+# out[j] = terms[j] * (scale/S). Where scale/S leaves the normal numbers of the dtype the product is taken in two steps,
+# by the power of two in 1/S and by the rest: the same bits, no underflow in between.
+cdef inline void scale_terms(
+    floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
+) noexcept nogil:
+    cdef double factor = scale * inverse
+    cdef floating single = <floating>factor
+    cdef floating power, rest
+    cdef double inverse_power
+    cdef Py_ssize_t j
+    if is_normal(out, factor):
+        for j in range(n):
+            out[j] = terms[j] * single
+    else:
+        inverse_power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
+        power = <floating>inverse_power
+        rest = <floating>(scale * (inverse / inverse_power))
+        for j in range(n):
+            out[j] = (terms[j] * power) * rest
+
+
+# Row r's gradient becomes pending. Streamed rows write the elements before the first 64-byte boundary at once; a factor
+# out of range leaves nothing pending.
+cdef inline void begin_row(
+    floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, bint stream, Pending* pending
+) noexcept nogil:
+    cdef Py_ssize_t head = 0
+    pending.factor = rows.scale[r] * rows.inverse[r]
+    if not is_normal(out, pending.factor):
+        head = n
+    elif stream:
+        head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    if head:
+        scale_terms(out, terms, head, rows.scale[r], rows.inverse[r])
+    pending.out = <char*>(out + head)
+    pending.terms = <char*>(terms + head)
+    pending.left = n - head
+    pending.stream = stream
+
+
+cdef inline void write_block(const floating* like, Pending* pending) noexcept nogil:
+    cdef floating* out = <floating*>pending.out
+    cdef const floating* terms = <const floating*>pending.terms
+    cdef floating factor = <floating>pending.factor
+    cdef Py_ssize_t lane
+    if pending.stream:
+        if floating is float:
+            stream_block_float(out, terms, factor)
+        else:
+            stream_block_double(out, terms, factor)
+    else:
+        for lane in range(SUM_BLOCK):
+            out[lane] = terms[lane] * factor
+    pending.out += SUM_BLOCK * sizeof(floating)
+    pending.terms += SUM_BLOCK * sizeof(floating)
+    pending.left -= SUM_BLOCK
+
+
+# What is left of the pending row; its last vector overlaps the one before it where there is room.
+cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
+    cdef floating* out
+    cdef const floating* terms
+    cdef floating factor = <floating>pending.factor
+    cdef Py_ssize_t j, left
+    while pending.left >= SUM_BLOCK:
+        write_block(like, pending)
+    left = pending.left
+    pending.left = 0
+    out = <floating*>pending.out
+    terms = <const floating*>pending.terms
+    if left >= LANES:
+        for j in range(left - left % LANES):
+            out[j] = terms[j] * factor
+        out += left - LANES
+        terms += left - LANES
+        left = LANES if left % LANES else 0
+    for j in range(left):
+        out[j] = terms[j] * factor
+
+
+# The gradient at the target of row r, from the others: -(others/S) * scale, never p_t - 1.
+cdef inline void pull_target(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t r, const floating* like
+) noexcept nogil:
+    cdef floating* out = <floating*>(batch.out + (first + r) * batch.out_stride)
+    out[batch.ids[first + r]] = <floating>(0.0 - miss_of(rows.others[r], rows.at_target[r]) * rows.scale[r])
+
+
+# Whether `factor` is 0, nan or a normal number of the dtype, with room to spare.
+cdef inline bint is_normal(const floating* like, double factor) noexcept nogil:
+    cdef double magnitude = 1.0 if factor == 0.0 else fabs(factor)
+    return not (magnitude < smallest_factor(like) or magnitude > largest_factor(like))
+
+
+cdef inline double smallest_factor(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1.1754943508222875e-38
+    else:
+        return 2.2250738585072014e-308
+
+
+cdef inline double largest_factor(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1.7014118346046923e38
+    else:
+        return 8.98846567431158e307

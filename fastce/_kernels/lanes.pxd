@@ -1,0 +1,142 @@
+"""Sums of exponentials in fixed lanes: the order of the additions depends on a row's length alone."""
+
+from libc.math cimport INFINITY
+from libc.string cimport memcpy
+
+from fastce._kernels.vexp cimport ExpWindow, exp_shifted, floating
+
+cdef enum:
+    LANES = 16              # of the sums: one 512-bit vector of float32
+    SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
+    CHUNK = 4096            # elements of a long row that are summed by themselves; half an L1 cache
+
+
+cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a < b else b
+
+
+cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline Py_ssize_t chunks_of(Py_ssize_t n_classes) noexcept nogil:
+    return (n_classes + CHUNK - 1) // CHUNK
+
+
+# The elements of a buffer for a row's exponentials: whole blocks.
+cdef inline Py_ssize_t buffer_elements(Py_ssize_t n) noexcept nogil:
+    return (n + SUM_BLOCK - 1) // SUM_BLOCK * SUM_BLOCK
+
+
+# terms[i] = e^(x[i] - offset) * 2^-shift for i < n. What is left after the whole vectors goes through a buffer filled
+# up with -inf: no scalar loop, and nothing is read beyond x[n - 1].
+cdef inline void exp_terms(const floating* x, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
+    cdef floating offset = <floating>window.offset
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef Py_ssize_t i, whole = n - n % LANES
+    cdef floating[LANES] last
+    for i in range(whole):
+        terms[i] = exp_shifted(x[i], offset, low, high, magic)
+    if whole < n:
+        for i in range(LANES):
+            last[i] = -INFINITY
+        memcpy(last, x + whole, (n - whole) * sizeof(floating))
+        for i in range(LANES):
+            last[i] = exp_shifted(last[i], offset, low, high, magic)
+        memcpy(terms + whole, last, (n - whole) * sizeof(floating))
+
+
+# LANES float64 sums in the making. float64 rows carry the rounding errors along (two-sum), which costs next to nothing:
+# the adders are idle while the multipliers work on exponentials.
+cdef struct Sum:
+    double[LANES] total
+    double[LANES] error
+
+
+cdef inline void clear(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.total[lane] = 0.0
+        sums.error[lane] = 0.0
+
+
+cdef inline void add_block(const floating* t, Sum* sums) noexcept nogil:
+    cdef double block, before, after, part
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        block = <double>(
+            ((t[lane] + t[lane + 16]) + (t[lane + 32] + t[lane + 48]))
+            + ((t[lane + 64] + t[lane + 80]) + (t[lane + 96] + t[lane + 112]))
+        )
+        if floating is float:
+            sums.total[lane] += block
+        else:
+            before = sums.total[lane]
+            after = before + block
+            part = after - before
+            sums.error[lane] += (before - (after - part)) + (block - part)
+            sums.total[lane] = after
+
+
+cdef inline double total_of(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.total[lane] += sums.error[lane]
+    for lane in range(8):
+        sums.total[lane] += sums.total[lane + 8]
+    for lane in range(4):
+        sums.total[lane] += sums.total[lane + 4]
+    return (sums.total[0] + sums.total[2]) + (sums.total[1] + sums.total[3])
+
+
+# total[0] + chunk with what the addition rounded off in total[1] (two-sum).
+cdef inline void add_chunk(double* total, double chunk) noexcept nogil:
+    cdef double after = total[0] + chunk
+    cdef double part = after - total[0]
+    total[1] += (total[0] - (after - part)) + (chunk - part)
+    total[0] = after
+
+
+cdef inline double sum_of_chunks(const double* chunks, Py_ssize_t n) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        add_chunk(total, chunks[i])
+    return total[0] + total[1]
+
+
+cdef inline double row_maximum(const floating* x, Py_ssize_t n) noexcept nogil:
+    cdef floating[64] largest
+    cdef floating maximum
+    cdef Py_ssize_t i, lane
+    for lane in range(64):
+        largest[lane] = -INFINITY
+    for i in range(n // 64):
+        for lane in range(64):
+            largest[lane] = x[i * 64 + lane] if x[i * 64 + lane] > largest[lane] else largest[lane]
+    for i in range(n - n % 64, n):
+        largest[0] = x[i] if x[i] > largest[0] else largest[0]
+    maximum = largest[0]
+    for lane in range(1, 64):
+        maximum = largest[lane] if largest[lane] > maximum else maximum
+    return maximum
+
+
+# The largest magnitude that exp_shifted takes without an offset: n * ln2_high stays exact, and beyond it the
+# difference to the maximum is exact wherever a term is not 0 (Sterbenz: those lie within a factor 2 of the maximum).
+cdef inline double exp_limit(const floating* x) noexcept nogil:
+    if floating is float:
+        return 1000.0
+    else:
+        return 4096.0
+
+
+# The sum below which no term of a row was clamped at its window's high end.
+cdef inline double sum_limit(const floating* x) noexcept nogil:
+    if floating is float:
+        return 1.5e37    # 2^123.5
+    else:
+        return 3.9e306   # 2^1018.5

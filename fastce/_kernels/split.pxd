@@ -1,0 +1,121 @@
+"""Few rows of many classes: their columns are shared among the threads."""
+
+from libc.math cimport fabs
+from libc.stdint cimport int64_t
+
+from fastce._kernels.block cimport Batch, Pending, Scratch, put_row, scale_terms, terms_of
+from fastce._kernels.lanes cimport (
+    CHUNK,
+    LANES,
+    chunks_of,
+    exp_limit,
+    exp_terms,
+    larger,
+    smaller,
+    sum_limit,
+    sum_of_chunks,
+)
+from fastce._kernels.large cimport KEEP_BYTES, sum_chunk
+from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
+
+cdef enum:
+    SPLIT_CLASSES = 16384   # rows of at least so many classes are worth splitting
+
+
+# What is known of a row while its chunks are spread over the threads.
+cdef struct SplitRow:
+    ExpWindow window
+    double at_target
+    bint whole              # to be taken by take_rows after all: ignored, or its target's window does not fit
+
+
+cdef struct Split:
+    SplitRow* rows
+    double* sums            # of the chunks, row by row
+    char* terms             # of the chunks, each behind a vector of slack; NULL: to be computed twice
+    Py_ssize_t n_chunks     # of a row
+
+
+cdef inline Py_ssize_t split_bytes(const Batch* batch) noexcept nogil:
+    return batch.n_rows * (sizeof(SplitRow) + chunks_of(batch.n_classes) * sizeof(double)) + 64
+
+
+cdef inline Py_ssize_t split_terms_bytes(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
+    cdef Py_ssize_t n_bytes = batch.n_rows * chunks_of(batch.n_classes) * (CHUNK + LANES) * sizeof(floating)
+    return n_bytes if batch.out != NULL and n_bytes <= num_threads * KEEP_BYTES else 0
+
+
+# The rows' windows, by their targets' logits, and where the rest of the working memory lies.
+cdef inline void begin_split(
+    const Batch* batch, Split* split, char* memory, int num_threads, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t r, n_bytes = split_terms_bytes(batch, num_threads, like)
+    cdef const floating* x
+    cdef SplitRow* row
+    cdef int64_t t
+    split.terms = memory if n_bytes else NULL
+    split.n_chunks = chunks_of(batch.n_classes)
+    split.rows = <SplitRow*>(memory + n_bytes)
+    split.sums = <double*>(split.rows + batch.n_rows)
+    for r in range(batch.n_rows):
+        row = split.rows + r
+        t = batch.ids[r]
+        x = <const floating*>(batch.logits + r * batch.logits_stride)
+        row.whole = t < 0 or not fabs(x[larger(t, 0)]) <= exp_limit(x)
+        if not row.whole:
+            row.window = exp_window(x, shift_for(x, x[t]), 0.0)
+
+
+cdef inline void sum_split(
+    const Batch* batch, const Split* split, Scratch* own, Py_ssize_t task, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t r = task // split.n_chunks, start = task % split.n_chunks * CHUNK
+    cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
+    cdef SplitRow* row = split.rows + r
+    cdef Pending nothing
+    nothing.left = 0
+    if not row.whole:
+        split.sums[task] = sum_chunk(
+            x + start, split_terms(split, own, task, like), smaller(batch.n_classes - start, CHUNK),
+            batch.ids[r] - start, True, &row.window, &row.at_target, &nothing,
+        )
+
+
+# The chunks' sums become the rows' sums, in the order of sum_row.
+cdef inline void join_split(const Batch* batch, Split* split, Scratch* rows, const floating* like) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef const floating* x
+    cdef SplitRow* row
+    cdef double others
+    for r in range(batch.n_rows):
+        row = split.rows + r
+        put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
+        if not row.whole:
+            x = <const floating*>(batch.logits + r * batch.logits_stride)
+            others = sum_of_chunks(split.sums + r * split.n_chunks, split.n_chunks)
+            row.whole = not others < sum_limit(x)
+            put_row(rows, r, others, row.at_target, x[batch.ids[r]], row.window.shift)
+
+
+cdef inline void write_split(
+    const Batch* batch, const Split* split, Scratch* own, const Scratch* rows, Py_ssize_t task,
+    const floating* like,
+) noexcept nogil:
+    cdef Py_ssize_t r = task // split.n_chunks, start = task % split.n_chunks * CHUNK
+    cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
+    cdef floating* out = <floating*>(batch.out + r * batch.out_stride)
+    cdef floating* terms = split_terms(split, own, task, like)
+    cdef Py_ssize_t size = smaller(batch.n_classes - start, CHUNK)
+    if not split.rows[r].whole:
+        if split.terms == NULL:
+            exp_terms(x + start, terms, size, &split.rows[r].window)
+        scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
+
+
+# The exponentials of a chunk: kept for the second round, or in the thread's own scratch.
+cdef inline floating* split_terms(
+    const Split* split, Scratch* own, Py_ssize_t task, const floating* like
+) noexcept nogil:
+    if split.terms == NULL:
+        return <floating*>terms_of(own)
+    return <floating*>split.terms + task * (CHUNK + LANES) + LANES
