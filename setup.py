@@ -2,7 +2,7 @@
 
 Environment at build time:
     FASTCE_OPENMP=auto|on|off   auto (default) probes the compiler and builds serial, with a message, if it has none
-    FASTCE_DEBUG_CHECKS=1       turn Cython's own bounds, None and overflow checks back on
+    FASTCE_DEBUG_CHECKS=1       turn Cython's own checks of bounds and None back on
 """
 
 import os
@@ -21,6 +21,8 @@ KERNELS = Path("fastce/_kernels")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 # gcc stops inlining when a file has grown by 40 per cent; an exponential that is called takes its loop out of vectors.
 FLAGS += ["--param", "inline-unit-growth=400"]
+# Two-sum and the rounding to integers live on the order of operations, whatever CFLAGS say.
+FLAGS += ["-fno-unsafe-math-optimizations", "-fno-associative-math"]
 # What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
 # (a baseline that needs the builder's machine) is undone here: these flags come last.
 TARGETS = {"baseline": []}
@@ -73,7 +75,7 @@ def extension(module, source, target, openmp):
         ],
         extra_compile_args=[*FLAGS, *TARGETS[target], *openmp],
         extra_link_args=openmp,
-        depends=[str(KERNELS / "target.h"), *map(str, sorted(KERNELS.glob("*.pxd")))],
+        depends=["setup.py", str(KERNELS / "target.h"), *map(str, sorted(KERNELS.glob("*.pxd")))],
     )
 
 
@@ -86,7 +88,6 @@ def extensions():
         "wraparound": False,
         "initializedcheck": checks,
         "nonecheck": checks,
-        "overflowcheck": checks,
         "cdivision": True,
         "embedsignature": True,
         "freethreading_compatible": True,

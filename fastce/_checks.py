@@ -37,16 +37,26 @@ def as_plain_array(name, value):
                 "fill masked logits with -inf, or ignore rows with ignore_index"
             )
         value = value.data
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array or make one: {error}") from error
+
+
+def as_integer(name, expected, value):
+    """Return `value` as an int; a bool is none."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {expected}, got {value!r}") from None
 
 
 def as_axis(axis, shape):
     """Return the class axis as a non-negative int; it must hold at least one class."""
     ndim = len(shape)
-    try:
-        index = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    index = as_integer("axis", "an integer", axis)
     if not -ndim <= index < ndim:
         raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for logits of shape {shape}, got {index}")
     if shape[index] == 0:
@@ -63,14 +73,7 @@ def as_ignored(ignore_index):
     several = isinstance(ignore_index, Iterable) and not isinstance(ignore_index, (str, bytes, bytearray))
     ignored: list[int] = []
     for value in ignore_index if several else [ignore_index]:
-        try:
-            if isinstance(value, (bool, np.bool_)):
-                raise TypeError
-            ignored.append(operator.index(value))
-        except TypeError:
-            raise TypeError(
-                f"ignore_index must be an integer, a sequence of integers or None, got {ignore_index!r}"
-            ) from None
+        ignored.append(as_integer("ignore_index", "an integer, a sequence of integers or None", value))
         if not -INT64_MAX - 1 <= ignored[-1] <= INT64_MAX:
             raise ValueError(f"ignore_index must fit in int64, got {ignored[-1]}")
     return np.array(sorted(set(ignored)), dtype=np.int64)
@@ -185,7 +188,8 @@ def as_grad_output(grad_output, reduction, row_shape):
         )
     if array.shape != row_shape:
         raise ValueError(f"grad_output must have the rows' shape {row_shape}, got {array.shape}")
-    return array.astype(np.float64).reshape(-1)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64).reshape(-1)
 
 
 def check_out(out, logits, given):
@@ -218,7 +222,7 @@ def check_out(out, logits, given):
 def same_memory(a, b):
     """Return whether two arrays of one shape and dtype are the same elements at the same places."""
     pairs = zip(a.shape, a.strides, b.strides, strict=True)
-    return a.ctypes.data == b.ctypes.data and all(x == y for length, x, y in pairs if length > 1)
+    return a.dtype == b.dtype and a.ctypes.data == b.ctypes.data and all(x == y for length, x, y in pairs if length > 1)
 
 
 def overlaps_itself(array):
@@ -249,12 +253,7 @@ def as_num_threads(num_threads):
     """Return None or the number of threads as an int >= 1."""
     if num_threads is None:
         return None
-    try:
-        if isinstance(num_threads, (bool, np.bool_)):
-            raise TypeError
-        value = operator.index(num_threads)
-    except TypeError:
-        raise TypeError(f"num_threads must be an integer >= 1 or None, got {num_threads!r}") from None
+    value = as_integer("num_threads", "an integer >= 1 or None", num_threads)
     if value < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {value}")
     return value

@@ -38,6 +38,8 @@ def available_targets():
 def load_kernels():
     """Return (name, module) of the best available target, or of the one that FASTCE_TARGET names."""
     available = available_targets()
+    if not available:
+        raise ImportError("fastce's compiled modules are missing; install the package, see README.md")
     wanted = os.environ.get("FASTCE_TARGET") or available[0]
     if wanted not in available:
         raise ImportError(
@@ -87,8 +89,8 @@ def default_threads():
     """
     text = os.environ.get("FASTCE_NUM_THREADS")
     if text:
-        if text.isdecimal() and int(text) > 0:
-            return min(int(text), MAX_THREADS)
+        if text.isdecimal() and text.strip("0"):
+            return int(text) if len(text) < 4 and int(text) < MAX_THREADS else MAX_THREADS
         warn_once(f"FASTCE_NUM_THREADS={text!r} is not a positive integer and is ignored")
     return max(1, min(kernels.openmp_limit(), usable_cpus(), MAX_THREADS))
 
@@ -168,25 +170,30 @@ def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):
     float or an array like `losses`.
     """
     n_rows, n_classes = len(ids), logits.shape[-1]
+    if n_rows == 0:
+        return
     scales = scale if isinstance(scale, np.ndarray) else None
     scale = 1.0 if scales is not None else scale
     num_threads = threads_for(logits.size, num_threads)
+    dtype = logits.dtype.newbyteorder("=")
+    rows, grads = as_rows(logits), None if out is None else as_rows(out)
+    where_they_lie = rows is not None and (out is None or grads is not None)
+    step = min(n_rows, max(1, (SLAB_ELEMENTS if where_they_lie else BUFFER_ELEMENTS) // n_classes))
+    # All memory that the walk needs is had before the first block is written.
+    buffer = None if where_they_lie else np.empty((step, n_classes), dtype)
+    memory = np.empty(kernels.memory_needed(step, n_classes, dtype == np.float32, out is not None, num_threads), "u1")
 
     def run(first, stop, rows, grads):
         part = slice(first, stop)
-        kernels.cross_entropy_rows(
-            rows, ids[part], losses[part], scale, None if scales is None else scales[part], grads, num_threads
-        )
+        part_scales = None if scales is None else scales[part]
+        kernels.cross_entropy_rows(rows, ids[part], losses[part], scale, part_scales, grads, memory, num_threads)
 
-    rows, grads = as_rows(logits), None if out is None else as_rows(out)
-    if rows is not None and (out is None or grads is not None):
-        step = max(1, SLAB_ELEMENTS // n_classes)
+    if where_they_lie:
         for first in range(0, n_rows, step):
             part = slice(first, first + step)
-            run(first, min(first + step, n_rows), rows[part], None if grads is None else grads[part])
+            run(first, first + step, rows[part], None if grads is None else grads[part])
         return
-    buffer = np.empty((max(1, min(BUFFER_ELEMENTS // n_classes, n_rows)), n_classes), logits.dtype.newbyteorder("="))
-    for index, first, stop in row_blocks(logits.shape[:-1], len(buffer)):
+    for index, first, stop in row_blocks(logits.shape[:-1], step):
         block = buffer[: stop - first]
         shaped = block.reshape(logits[index].shape)
         np.copyto(shaped, logits[index])

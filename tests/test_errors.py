@@ -585,3 +585,15 @@ def test_an_allocation_that_fails_is_a_memory_error(run_python):
     sanitizer = os.environ.get("ASAN_OPTIONS", "") + ":allocator_may_return_null=1"
     done = run_python("-c", OUT_OF_MEMORY, ASAN_OPTIONS=sanitizer)
     assert done.stdout.splitlines()[-1].startswith("0.693")
+
+
+def test_a_bool_is_no_axis():
+    with pytest.raises(TypeError, match="axis must be an integer"):
+        fastce.cross_entropy(np.zeros((2, 3)), [0, 1], axis=True)
+
+
+@pytest.mark.parametrize("name", ["logits", "targets", "grad_output"])
+def test_ragged_lists_are_named(name):
+    arguments = {"logits": np.zeros((2, 3)), "targets": [0, 1], "grad_output": 1.0, name: [[0.0, 1.0], [2.0]]}
+    with pytest.raises(ValueError, match=name):
+        fastce.cross_entropy_with_grad(**arguments, reduction="none")

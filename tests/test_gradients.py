@@ -150,3 +150,21 @@ def test_a_step_down_the_gradient_lowers_the_loss(dtype, rng):
         logits -= 5 * gradient
     assert all(later < earlier for earlier, later in pairwise(losses))
     assert losses[-1] < losses[0] / 5
+
+
+@pytest.mark.parametrize("grad_output", [np.nan, np.inf, -1.0, -np.inf])
+@pytest.mark.parametrize("classes", [2, 10, 96, 97, 1000, 5000])
+def test_ignored_rows_are_positive_zeros_whatever_the_factor(classes, grad_output, dtype):
+    targets = np.zeros(64, int)
+    targets[[0, 5, 40, 63]] = -100
+    logits = np.zeros((64, classes), dtype)
+    _, gradient = fastce.cross_entropy_with_grad(logits, targets, reduction="sum", grad_output=grad_output)
+    ignored = gradient[targets == -100]
+    assert (ignored == 0).all() and not np.signbit(ignored).any()
+
+
+def test_a_huge_factor_reaches_tiny_probabilities():
+    logits = np.array([[0, -70, -np.inf]], np.float32)
+    _, gradient = fastce.cross_entropy_with_grad(logits, [0], grad_output=1e60)
+    expected = 1e60 * np.exp(-70.0)
+    np.testing.assert_allclose(gradient, [[-expected, expected, 0]], rtol=1e-6)

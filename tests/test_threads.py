@@ -358,3 +358,19 @@ def test_worker_processes_work(method, run_python, tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(MULTIPROCESSING)
     run_python("-W", "ignore::DeprecationWarning", str(script), method, timeout=90)
+
+
+def test_few_rows_of_many_classes_are_shared_by_many_threads_with_equal_bits(dtype, rng):
+    # More rows than one block of the kernels holds, few enough for each thread that their columns might be split.
+    logits = rng.normal(size=(130, 16_384)).astype(dtype)
+    targets = rng.integers(0, 16_384, 130)
+    alone = fastce.cross_entropy_with_grad(logits, targets, reduction="none", num_threads=1)
+    for num_threads in (2, 17, 40):
+        shared = fastce.cross_entropy_with_grad(logits, targets, reduction="none", num_threads=num_threads)
+        np.testing.assert_array_equal(shared[0], alone[0])
+        np.testing.assert_array_equal(shared[1], alone[1])
+
+
+def test_a_thread_count_of_thousands_of_digits_in_the_environment_is_capped(run_python):
+    code = "import fastce; print(fastce.build_info()['num_threads'])"
+    assert 1 <= int(run_python("-c", code, FASTCE_NUM_THREADS="9" * 5000).stdout) <= 1024

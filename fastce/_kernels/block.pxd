@@ -1,7 +1,8 @@
 """A block of rows on its way through the kernels: what is known of each row, its loss, the writing of its gradient."""
 
-from libc.math cimport fabs
+from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, smaller
 from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
@@ -28,6 +29,8 @@ cdef struct Batch:
     double* losses
     Py_ssize_t n_rows
     Py_ssize_t n_classes
+    char* memory            # working memory, as much as memory_for says
+    bint with_grad
     bint stream             # the gradient is too large for the caches and not written over the logits
 
 
@@ -59,6 +62,12 @@ cdef struct Pending:
     Py_ssize_t left         # elements
     double factor           # scale/S
     bint stream             # past the caches
+
+
+cdef inline Pending nothing_pending() noexcept nogil:
+    cdef Pending pending
+    memset(&pending, 0, sizeof(pending))
+    return pending
 
 
 cdef inline void put_row(
@@ -105,23 +114,27 @@ cdef inline void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
         rows.loss[r] = (exponent * ln2_high - z) + (exponent * ln2_low + sign * logarithm) + 0.0 * total
 
 
-# out[j] = terms[j] * (scale/S). Where scale/S leaves the normal numbers of the dtype the product is taken in two steps,
-# by the power of two in 1/S and by the rest: the same bits, no underflow in between.
+# out[j] = terms[j] * (scale/S), scale/S rounded to the dtype. Where it leaves the dtype's normal numbers the product must
+# not underflow or overflow on the way: float32 rounds its mantissa alone and takes the product in float64, float64 takes
+# it in two steps, by the power of two in 1/S and by the rest. The bits are those of an unbounded exponent.
 cdef inline void scale_terms(
     floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
 ) noexcept nogil:
     cdef double factor = scale * inverse
     cdef floating single = <floating>factor
-    cdef floating power, rest
-    cdef double inverse_power
+    cdef double power, rest
     cdef Py_ssize_t j
     if is_normal(out, factor):
         for j in range(n):
             out[j] = terms[j] * single
+    elif floating is float:
+        power = double_of_bits(bits_of_double(factor) & <uint64_t>0x7ff0000000000000)
+        rest = <float>(factor / power) * power if power < INFINITY else factor
+        for j in range(n):
+            out[j] = <float>(terms[j] * rest)
     else:
-        inverse_power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
-        power = <floating>inverse_power
-        rest = <floating>(scale * (inverse / inverse_power))
+        power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
+        rest = scale * (inverse / power)
         for j in range(n):
             out[j] = (terms[j] * power) * rest
 

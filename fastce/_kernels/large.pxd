@@ -12,6 +12,7 @@ from fastce._kernels.block cimport (
     end_row,
     finish_rows,
     load_scales,
+    nothing_pending,
     pull_target,
     put_row,
     scale_terms,
@@ -49,9 +50,9 @@ cdef enum:
     KEEP_BYTES = 1 << 20
 
 
-# Rows [first, first + n). While one row's exponentials go into one buffer, the
-# gradient of the row before is written from the other; all logarithms come at the end, in vectors. Rows of more than
-# TWO_BUFFERS elements have one buffer, rows of more than KEEP_ELEMENTS none: they compute their exponentials twice.
+# Rows [first, first + n). While one row's exponentials go into one buffer, the gradient of the row before is written
+# from the other; all logarithms come at the end, in vectors. Rows that do not fit KEEP_BYTES twice have one buffer,
+# rows that do not fit it once have none: they compute their exponentials twice.
 cdef inline void take_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
@@ -64,8 +65,7 @@ cdef inline void take_rows(
     cdef int64_t t
     cdef Py_ssize_t r, row_before = -1
     cdef ExpWindow window
-    cdef Pending pending
-    pending.left = 0
+    cdef Pending pending = nothing_pending()
     load_scales(batch, rows, first, n)
     for r in range(n):
         t = batch.ids[first + r]

@@ -13,6 +13,7 @@ from fastce._kernels.block cimport (
     end_row,
     finish_rows,
     load_scales,
+    nothing_pending,
     pull_target,
     put_row,
     terms_of,
@@ -51,9 +52,8 @@ cdef inline void take_medium_rows(
     cdef Py_ssize_t i, r, before, n_live = 0
     cdef int64_t t
     cdef ExpWindow window, own
-    cdef Pending pending
+    cdef Pending pending = nothing_pending()
     cdef double others
-    pending.left = 0
     load_scales(batch, rows, first, n)
     for r in range(n):
         if batch.ids[first + r] >= 0:

@@ -13,6 +13,7 @@ from fastce._kernels.block cimport (
     finish_rows,
     largest_factor,
     load_scales,
+    nothing_pending,
     scale_terms,
     smallest_factor,
     terms_of,
@@ -79,8 +80,7 @@ cdef inline void take_small_row(
     cdef floating[LANES + SUM_BLOCK] alone
     cdef Py_ssize_t j
     cdef ExpWindow window
-    cdef Pending nothing
-    nothing.left = 0
+    cdef Pending nothing = nothing_pending()
     for j in range(SMALL_CLASSES):
         logits[j] = -INFINITY
     memcpy(logits, x, n_classes * sizeof(floating))
@@ -132,7 +132,7 @@ cdef inline void write_small_rows(
     cdef floating single
     cdef floating* row = out
     for r in range(n):
-        both = rows.scale[r] * rows.inverse[r]
+        both = rows.scale[r] * rows.inverse[r] if ids[r] >= 0 else 0.0   # an ignored row is 0 whatever its scale
         factor[r] = <floating>both
         magnitude = 1.0 if both == 0.0 else fabs(both)
         n_special += 1 if magnitude < smallest_factor(out) else 0

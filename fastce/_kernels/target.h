@@ -1,4 +1,5 @@
-/* What the kernels need of the compiler and Cython cannot say: fused multiply-add, bit casts, restrict, fork, CPU. */
+/* What the kernels need of the compiler and Cython cannot say: fused multiply-add, bit casts, vectors, streaming
+   stores, and to be told of a fork. */
 #ifndef FASTCE_TARGET_H
 #define FASTCE_TARGET_H
 
