@@ -188,7 +188,7 @@ def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):
         part_scales = None if scales is None else scales[part]
         kernels.cross_entropy_rows(rows, ids[part], losses[part], scale, part_scales, grads, memory, num_threads)
 
-    if where_they_lie:
+    if buffer is None:
         for first in range(0, n_rows, step):
             part = slice(first, first + step)
             run(first, first + step, rows[part], None if grads is None else grads[part])

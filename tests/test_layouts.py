@@ -475,3 +475,18 @@ def test_the_loss_alone_equals_the_loss_with_the_gradient(dtype):
             alone = fastce.cross_entropy(logits, targets, reduction=reduction)
             with_gradient, _ = fastce.cross_entropy_with_grad(logits, targets, reduction=reduction)
             assert_same_bits(alone, with_gradient, shape)
+
+
+@pytest.mark.parametrize("classes", [50, 1001, 5003, 40_001])
+def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, rng):
+    # From 16 MB on a gradient is written past the caches, by whole lines; written over the logits it never is.
+    rows = (1 << 24) // (classes * np.dtype(dtype).itemsize) + 7
+    logits = np.tile(rng.normal(size=(7, classes)).astype(dtype), (rows // 7 + 1, 1))[:rows]
+    targets = rng.integers(0, classes, rows)
+    buffer = np.full(rows * classes + 3, np.nan, dtype)
+    out = buffer[1 : 1 + rows * classes].reshape(rows, classes)
+    loss, _ = fastce.cross_entropy_with_grad(logits, targets, out=out)
+    in_place, _ = fastce.cross_entropy_with_grad(logits, targets, out=logits)
+    assert loss == in_place
+    np.testing.assert_array_equal(out, logits)
+    assert np.isnan(buffer[[0, -2, -1]]).all()

@@ -8,8 +8,8 @@ from fastce._kernels.lanes cimport LANES, SUM_BLOCK, smaller
 from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
 
 cdef extern from "target.h" nogil:
-    void stream_block_float "fastce_stream_block_float" (float* out, const float* terms, float factor)
-    void stream_block_double "fastce_stream_block_double" (double* out, const double* terms, double factor)
+    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor)
+    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor)
 
 cdef enum:
     BLOCK_ROWS = 128        # rows that share one pass through the logarithms
@@ -114,9 +114,9 @@ cdef inline void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
         rows.loss[r] = (exponent * ln2_high - z) + (exponent * ln2_low + sign * logarithm) + 0.0 * total
 
 
-# out[j] = terms[j] * (scale/S), scale/S rounded to the dtype. Where it leaves the dtype's normal numbers the product must
-# not underflow or overflow on the way: float32 rounds its mantissa alone and takes the product in float64, float64 takes
-# it in two steps, by the power of two in 1/S and by the rest. The bits are those of an unbounded exponent.
+# out[j] = terms[j] * (scale/S), scale/S rounded to the dtype. Where it leaves the dtype's normal numbers the product
+# must not underflow or overflow on the way: float32 rounds its mantissa alone and takes the product in float64, float64
+# takes it in two steps, by the power of two in 1/S and by the rest. The bits are those of an unbounded exponent.
 cdef inline void scale_terms(
     floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
 ) noexcept nogil:
@@ -165,9 +165,9 @@ cdef inline void write_block(const floating* like, Pending* pending) noexcept no
     cdef Py_ssize_t lane
     if pending.stream:
         if floating is float:
-            stream_block_float(out, terms, factor)
+            stream_float(out, terms, SUM_BLOCK, factor)
         else:
-            stream_block_double(out, terms, factor)
+            stream_double(out, terms, SUM_BLOCK, factor)
     else:
         for lane in range(SUM_BLOCK):
             out[lane] = terms[lane] * factor
@@ -181,14 +181,23 @@ cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
     cdef floating* out
     cdef const floating* terms
     cdef floating factor = <floating>pending.factor
-    cdef Py_ssize_t j, left
+    cdef Py_ssize_t j, left, lines
     while pending.left >= SUM_BLOCK:
         write_block(like, pending)
     left = pending.left
     pending.left = 0
     out = <floating*>pending.out
     terms = <const floating*>pending.terms
-    if left >= LANES:
+    if pending.stream:
+        lines = left - left % (64 // <Py_ssize_t>sizeof(floating))
+        if floating is float:
+            stream_float(out, terms, lines, factor)
+        else:
+            stream_double(out, terms, lines, factor)
+        out += lines
+        terms += lines
+        left -= lines
+    elif left >= LANES:
         for j in range(left - left % LANES):
             out[j] = terms[j] * factor
         out += left - LANES

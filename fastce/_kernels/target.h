@@ -129,36 +129,39 @@ static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
 FASTCE_SUM_LANES(float, int32_t)
 FASTCE_SUM_LANES(double, int64_t)
 
-/* out[i] = terms[i] * factor for 128 elements, out at a 64-byte boundary, past the caches: a gradient that does not fit
-   them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor are the logits
-   thrown out for it. No plain loop says this to gcc. Elsewhere than on x86-64 it is a plain loop. */
+/* out[i] = terms[i] * factor for i < n, out at a 64-byte boundary and n whole lines, past the caches: a gradient that
+   does not fit them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor are
+   the logits thrown out for it. No plain loop says this to gcc. Elsewhere than on x86-64 it is a plain loop. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__AVX512F__)
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                            \
-    for (ptrdiff_t i = 0; i < 128; i += 64 / (ptrdiff_t)sizeof(type))                                                 \
-        _mm512_stream_##suffix(out + i, _mm512_mul_##suffix(_mm512_loadu_##suffix(in + i), _mm512_set1_##suffix(factor)))
+#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+    for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(type))                                                   \
+        _mm512_stream_##suffix(out + i,                                                                               \
+            _mm512_mul_##suffix(_mm512_loadu_##suffix(in + i), _mm512_set1_##suffix(factor)))
 #elif defined(__AVX__)
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                            \
-    for (ptrdiff_t i = 0; i < 128; i += 32 / (ptrdiff_t)sizeof(type))                                                 \
-        _mm256_stream_##suffix(out + i, _mm256_mul_##suffix(_mm256_loadu_##suffix(in + i), _mm256_set1_##suffix(factor)))
+#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+    for (ptrdiff_t i = 0; i < n; i += 32 / (ptrdiff_t)sizeof(type))                                                   \
+        _mm256_stream_##suffix(out + i,                                                                               \
+            _mm256_mul_##suffix(_mm256_loadu_##suffix(in + i), _mm256_set1_##suffix(factor)))
 #else
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                            \
-    for (ptrdiff_t i = 0; i < 128; i += 16 / (ptrdiff_t)sizeof(type))                                                 \
-        _mm_stream_##suffix(out + i, _mm_mul_##suffix(_mm_loadu_##suffix(in + i), _mm_set1_##suffix(factor)))
+#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+    for (ptrdiff_t i = 0; i < n; i += 16 / (ptrdiff_t)sizeof(type))                                                   \
+        _mm_stream_##suffix(out + i,                                                                                  \
+            _mm_mul_##suffix(_mm_loadu_##suffix(in + i), _mm_set1_##suffix(factor)))
 #endif
 static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #else
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                            \
-    for (ptrdiff_t i = 0; i < 128; i++)                                                                               \
+#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+    for (ptrdiff_t i = 0; i < n; i++)                                                                                 \
         out[i] = in[i] * factor
 static inline void fastce_stream_fence(void) {}
 #endif
-static inline void fastce_stream_block_float(float *out, const float *terms, float factor)
+static inline void fastce_stream_float(float *out, const float *terms, ptrdiff_t n, float factor)
 {
     FASTCE_STREAM(out, terms, factor, float, ps);
 }
-static inline void fastce_stream_block_double(double *out, const double *terms, double factor)
+static inline void fastce_stream_double(double *out, const double *terms, ptrdiff_t n, double factor)
 {
     FASTCE_STREAM(out, terms, factor, double, pd);
 }
