@@ -18,11 +18,12 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 KERNELS = Path("fastce/_kernels")
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
+# Two-sum and the rounding to integers live on the order of operations, whatever CFLAGS say. These come first: gcc takes
+# back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
+FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 # gcc stops inlining when a file has grown by 40 per cent; an exponential that is called takes its loop out of vectors.
 FLAGS += ["--param", "inline-unit-growth=400"]
-# Two-sum and the rounding to integers live on the order of operations, whatever CFLAGS say.
-FLAGS += ["-fno-unsafe-math-optimizations", "-fno-associative-math"]
 # What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
 # (a baseline that needs the builder's machine) is undone here: these flags come last.
 TARGETS = {"baseline": []}

@@ -44,7 +44,7 @@ cdef inline void take_small_rows(
     cdef floating* gathered = <floating*>rows.gathered
     cdef int64_t* ids = batch.ids + first
     cdef double total
-    cdef Py_ssize_t r, n_outside = 0
+    cdef Py_ssize_t r, n_ignored, n_outside = 0
     cdef ExpWindow window
     if batch.logits_stride != row_bytes:
         for r in range(n):
@@ -54,7 +54,7 @@ cdef inline void take_small_rows(
     exp_terms(x, terms, n * n_classes, &window)
     for r in range(n):
         rows.shift[r] = window.shift
-    sum_small_rows(x, terms, n_classes, ids, n, rows)
+    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
@@ -64,6 +64,10 @@ cdef inline void take_small_rows(
             if not small_sum_low(like) <= total < sum_limit(like):
                 take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
     load_scales(batch, rows, first, n)
+    if n_ignored:
+        for r in range(n):
+            if ids[r] < 0:
+                rows.scale[r] = 0.0     # an ignored row's gradient is 0 whatever its factor, nan included
     finish_rows(rows, n)
     memcpy(batch.losses + first, rows.loss, n * sizeof(double))
     if batch.out != NULL:
@@ -88,19 +92,21 @@ cdef inline void take_small_row(
     memcpy(terms, alone + LANES, n_classes * sizeof(floating))
 
 
-# others[r], e_t and z_t of each row; the sums in float64, lanes over the row, then a tree over the lanes of many rows.
-# Loads run up to 15 elements past a row's end, into the next row or the slack behind the block.
-cdef inline void sum_small_rows(
+# others[r], e_t and z_t of each row; returns how many are ignored. The sums in float64, lanes over the row, then a tree
+# over the lanes of many rows. Loads run up to 15 elements past a row's end, into the next row or the slack behind the
+# block.
+cdef inline Py_ssize_t sum_small_rows(
     const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
 ) noexcept nogil:
     cdef double* p = rows.partial
     cdef floating* row
     cdef int64_t t
-    cdef Py_ssize_t r, i
+    cdef Py_ssize_t r, i, n_ignored = 0
     for r in range(n):
         row = terms + r * n_classes
         t = ids[r]
         if t < 0:
+            n_ignored += 1
             memset(row, 0, n_classes * sizeof(floating))
             t = 0
             rows.at_target[r] = small_sum_low(x)
@@ -115,6 +121,7 @@ cdef inline void sum_small_rows(
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
+    return n_ignored
 
 
 # The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
@@ -132,7 +139,7 @@ cdef inline void write_small_rows(
     cdef floating single
     cdef floating* row = out
     for r in range(n):
-        both = rows.scale[r] * rows.inverse[r] if ids[r] >= 0 else 0.0   # an ignored row is 0 whatever its scale
+        both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
         magnitude = 1.0 if both == 0.0 else fabs(both)
         n_special += 1 if magnitude < smallest_factor(out) else 0
