@@ -57,7 +57,7 @@ cdef inline char* terms_of(Scratch* rows) noexcept nogil:
 # A row whose gradient is written block by block while the next row's exponentials are computed: the one is bound by
 # the caches, the other by arithmetic.
 cdef struct Pending:
-    char* out               # what is still to be written, from a 64-byte boundary on
+    char* out               # what is still to be written; streamed, from a 64-byte boundary on
     char* terms
     Py_ssize_t left         # elements
     double factor           # scale/S

@@ -99,8 +99,8 @@ cdef inline void take_rows(
     memcpy(batch.losses + first, rows.loss, n * sizeof(double))
 
 
-# Row r of the block: its numbers into the rows. The first try scales by the target's own term and needs no
-# maximum; it fails when a logit exceeds the target's by more than the window (or is nan, or the target is -inf).
+# Row r's numbers. The first try scales by the target's own term and needs no maximum; it fails when a logit exceeds the
+# target's by more than the window (or is nan, or the target is -inf).
 cdef inline void take_row(
     const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* rows, Py_ssize_t r,
     ExpWindow* window, Pending* pending,

@@ -37,9 +37,9 @@ cdef extern from "target.h" nogil:
     void prefetch "fastce_prefetch" (const void* address)
 
 
-# Rows [first, first + n) in a pipeline of three: while
-# one row's exponentials are computed, those of the row before are summed and the gradient of the row before that is
-# written, block by block, so that multipliers, adders and caches are busy together and no row waits for another's sum.
+# Rows [first, first + n) in a pipeline of three: while one row's exponentials are computed, those of the row before are
+# summed and the gradient of the row before that is written, block by block, so that multipliers, adders and caches are
+# busy together and no row waits for another's sum.
 cdef inline void take_medium_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:

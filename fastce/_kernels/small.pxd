@@ -32,8 +32,8 @@ cdef enum:
     SMALL_CLASSES = 96
 
 
-# Rows [first, first + n): one sweep of exponentials over all of them, with one shift
-# for all (2^50: exact for rows whose sum lies between 2^-20 and 2^73); a row outside is taken by itself.
+# Rows [first, first + n): one sweep of exponentials over all of them, with one shift for all (2^50: exact for rows
+# whose sum lies between 2^-20 and 2^73); a row outside is taken by itself.
 cdef inline void take_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
