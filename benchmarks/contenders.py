@@ -71,12 +71,21 @@ def numpy_reference(job):
 
 
 def _numpy_style(module, job):
-    loss, loss_and_grad, targets, out = module.cross_entropy, module.cross_entropy_with_grad, job.targets, job.out
+    def loss(logits):
+        return module.cross_entropy(logits, job.targets)
+
+    def loss_and_grad(logits, out=None):
+        return module.cross_entropy_with_grad(logits, job.targets, out=out)
+
+    return _by_mode(job, loss, loss_and_grad)
+
+
+def _by_mode(job, loss, loss_and_grad):
     calls = {
-        LOSS: lambda logits: loss(logits, targets),
-        FRESH: lambda logits: loss_and_grad(logits, targets),
-        OUT: lambda logits: loss_and_grad(logits, targets, out=out),
-        IN_PLACE: lambda logits: loss_and_grad(logits, targets, out=logits),
+        LOSS: loss,
+        FRESH: loss_and_grad,
+        OUT: lambda logits: loss_and_grad(logits, job.out),
+        IN_PLACE: lambda logits: loss_and_grad(logits, logits),
     }
     return Step(calls[job.mode])
 
@@ -98,13 +107,7 @@ def scipy_idiom(job):
         grad /= len(grad)
         return loss, grad
 
-    calls = {
-        LOSS: loss,
-        FRESH: loss_and_grad,
-        OUT: lambda logits: loss_and_grad(logits, job.out),
-        IN_PLACE: lambda logits: loss_and_grad(logits, logits),
-    }
-    return Step(calls[job.mode])
+    return _by_mode(job, loss, loss_and_grad)
 
 
 def scikit_learn(job):
@@ -125,13 +128,7 @@ def scikit_learn(job):
         row_losses, grad = multinomial.loss_gradient(targets, logits, weights, losses, out, n_threads=threads)
         return row_losses.sum(), grad
 
-    calls = {
-        LOSS: loss,
-        FRESH: loss_and_grad,
-        OUT: lambda logits: loss_and_grad(logits, job.out),
-        IN_PLACE: lambda logits: loss_and_grad(logits, logits),
-    }
-    return Step(calls[job.mode])
+    return _by_mode(job, loss, loss_and_grad)
 
 
 def torch_eager(job):

@@ -1,5 +1,6 @@
 """The build is what it says: targets, machine code, and a process whose floating-point modes are left alone."""
 
+import ast
 import importlib.util
 import os
 import platform
@@ -111,6 +112,20 @@ def test_the_exponential_is_inlined_everywhere(target, objdump):
     assert "take_batch" in symbols, "stripped: nothing can be seen"
     assert "exp_shifted" not in symbols, "a call for every element keeps its loop from being taken in vectors"
     assert "multiply_add" not in symbols
+
+
+def test_the_flags_free_choices_from_branches():
+    # Each of gcc's flags may take back an earlier one; a choice that might trap is a branch, and its loop not in vectors.
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
+    if "gcc" not in run_tool(*compiler, "--version").stdout.lower():
+        pytest.skip("only gcc tells which of its optimizations are on")
+    setup = ast.parse(Path(__file__).parents[1].joinpath("setup.py").read_text())
+    parts = [node for node in setup.body if ast.unparse(node).startswith(("FLAGS = ", "FLAGS += "))]
+    flags = [flag for part in parts for flag in ast.literal_eval(part.value)]
+    listed = run_tool(*compiler, *flags, "-Q", "--help=optimizers").stdout
+    states = dict(line.split() for line in listed.splitlines() if len(line.split()) == 2)
+    assert states["-ftrapping-math"] == states["-fassociative-math"] == states["-fmath-errno"] == "[disabled]"
+    assert states["-fsigned-zeros"] == "[enabled]"
 
 
 def test_no_module_sets_fast_math(objdump):

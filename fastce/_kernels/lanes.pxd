@@ -48,6 +48,22 @@ cdef inline void exp_terms(const floating* x, floating* terms, Py_ssize_t n, con
         memcpy(terms + whole, last, (n - whole) * sizeof(floating))
 
 
+# The terms of a row's last block, rest < SUM_BLOCK elements, filled up with zeros. Its last vector overlaps the one
+# before it: the row has at least LANES elements, and `terms` has LANES of slack in front.
+cdef inline void exp_last_block(
+    const floating* x, floating* terms, Py_ssize_t rest, floating offset, floating low, floating high, floating magic
+) noexcept nogil:
+    cdef floating nothing = <floating>(0.0 * magic)     # 0, but not to gcc, which makes a slow "rep stos" of it
+    cdef Py_ssize_t lane
+    for lane in range(SUM_BLOCK):
+        terms[lane] = nothing
+    for lane in range(rest - rest % LANES):
+        terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+    if rest % LANES:
+        for lane in range(rest - LANES, rest):
+            terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+
+
 # LANES float64 sums in the making. float64 rows carry the rounding errors along (two-sum), which costs next to nothing:
 # the adders are idle while the multipliers work on exponentials.
 cdef struct Sum:
@@ -140,3 +156,12 @@ cdef inline double sum_limit(const floating* x) noexcept nogil:
         return 1.5e37    # 2^123.5
     else:
         return 3.9e306   # 2^1018.5
+
+
+# Whether a row with this maximum certainly leaves the window that its target's logit sets: its largest term is then
+# clamped at 2^124 (2^1019), beyond sum_limit.
+cdef inline bint exceeds_window(const floating* x, double maximum, double target) noexcept nogil:
+    if floating is float:
+        return maximum - target > 42.0      # > (124 - 64 + 1/2) * ln 2
+    else:
+        return maximum - target > 352.0     # > (1019 - 512 + 1/2) * ln 2

@@ -29,6 +29,8 @@ from fastce._kernels.lanes cimport (
     buffer_elements,
     chunks_of,
     clear,
+    exceeds_window,
+    exp_last_block,
     exp_limit,
     exp_terms,
     row_maximum,
@@ -64,6 +66,7 @@ cdef inline void take_rows(
     cdef floating* out
     cdef int64_t t
     cdef Py_ssize_t r, row_before = -1
+    cdef bint wide = False
     cdef ExpWindow window
     cdef Pending pending = nothing_pending()
     load_scales(batch, rows, first, n)
@@ -75,7 +78,7 @@ cdef inline void take_rows(
                 memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
             continue
         x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-        take_row(x, terms, n_classes, t, keep, rows, r, &window, &pending)
+        take_row(x, terms, n_classes, t, keep, rows, r, &window, &pending, &wide)
         if batch.out == NULL:
             continue
         end_row(x, &pending)
@@ -100,19 +103,26 @@ cdef inline void take_rows(
 
 
 # Row r's numbers. The first try scales by the target's own term and needs no maximum; it fails when a logit exceeds the
-# target's by more than the window (or is nan, or the target is -inf).
+# target's by more than the window (or is nan, or the target is -inf). After a row that failed (`wide`) the maximum is
+# taken first, which tells most failures in advance: logits of spread 60 took 1.05 ns each without and 0.49 with it
+# ((1024, 1000), 1 thread), others cost nothing. The numbers are the same either way.
 cdef inline void take_row(
     const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* rows, Py_ssize_t r,
-    ExpWindow* window, Pending* pending,
+    ExpWindow* window, Pending* pending, bint* wide,
 ) noexcept nogil:
-    cdef double others, maximum, offset = 0.0, at_target = 0.0
-    if fabs(x[t]) <= exp_limit(x):
+    cdef double others, maximum = NAN, offset = 0.0, at_target = 0.0
+    if wide[0]:
+        maximum = row_maximum(x, n)
+        wide[0] = exceeds_window(x, maximum, x[t])
+    if not wide[0] and fabs(x[t]) <= exp_limit(x):
         window[0] = exp_window(x, shift_for(x, x[t]), 0.0)
         others = sum_row(x, terms, n, t, keep, window, &at_target, pending)
         if others < sum_limit(x):
             put_row(rows, r, others, at_target, x[t], window.shift)
             return
-    maximum = row_maximum(x, n)
+    wide[0] = True
+    if maximum != maximum:
+        maximum = row_maximum(x, n)
     if fabs(maximum) == INFINITY:
         window[0] = exp_window(x, 0.0, NAN)
         put_row(rows, r, NAN, NAN, NAN, 0.0)
@@ -145,8 +155,7 @@ cdef inline double sum_row(
 
 
 # The sum of a chunk's terms without element t (outside the chunk: of all), which goes to at_target. Every block is
-# added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other. The last vector of
-# the row overlaps the one before it: rows have at least LANES elements here, and `terms` has LANES of slack in front.
+# added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other.
 cdef inline double sum_chunk(
     const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
     double* at_target, Pending* pending,
@@ -156,7 +165,6 @@ cdef inline double sum_chunk(
     cdef floating high = <floating>window.high
     cdef floating magic = <floating>window.magic
     cdef Py_ssize_t _block, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
-    cdef floating nothing = <floating>(0.0 * window.magic)  # 0, but not to gcc, which makes a slow "rep stos" of it
     cdef Sum sums
     clear(&sums)
     for _block in range(n_blocks):
@@ -175,16 +183,7 @@ cdef inline double sum_chunk(
         t -= SUM_BLOCK
     rest = n - n_blocks * SUM_BLOCK
     if rest:
-        for lane in range(SUM_BLOCK):
-            terms[lane] = nothing
-        for lane in range(rest - rest % LANES):
-            terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
-        if rest % LANES:
-            terms += rest - LANES
-            x += rest - LANES
-            for lane in range(LANES):
-                terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
-            terms -= rest - LANES
+        exp_last_block(x, terms, rest, offset, low, high, magic)
         if 0 <= t < rest:
             at_target[0] = terms[t]
             terms[t] = 0

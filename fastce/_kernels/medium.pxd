@@ -20,13 +20,15 @@ from fastce._kernels.block cimport (
     write_block,
 )
 from fastce._kernels.lanes cimport (
-    LANES,
     SUM_BLOCK,
     Sum,
     add_block,
     buffer_elements,
     clear,
+    exceeds_window,
+    exp_last_block,
     exp_limit,
+    row_maximum,
     sum_limit,
     total_of,
 )
@@ -51,6 +53,8 @@ cdef inline void take_medium_rows(
     cdef Py_ssize_t[BLOCK_ROWS] live
     cdef Py_ssize_t i, r, before, n_live = 0
     cdef int64_t t
+    cdef bint wide = False
+    cdef double pivot
     cdef ExpWindow window, own
     cdef Pending pending = nothing_pending()
     cdef double others
@@ -71,7 +75,12 @@ cdef inline void take_medium_rows(
             r = live[i]
             t = batch.ids[first + r]
             x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-            window = exp_window(x, shift_for(x, x[t] if fabs(x[t]) <= exp_limit(x) else 0.0), 0.0)
+            pivot = x[t]
+            if wide:
+                pivot = row_maximum(x, n_classes)
+                wide = exceeds_window(x, pivot, x[t])
+                pivot = pivot if wide else x[t]
+            window = exp_window(x, shift_for(x, pivot if fabs(pivot) <= exp_limit(x) else 0.0), 0.0)
         others = sweep(x, row_terms, n_classes, &window, summed, &pending)
         if batch.out != NULL:
             end_row(like, &pending)
@@ -82,7 +91,7 @@ cdef inline void take_medium_rows(
             rows.others[before] = others
             if not others < sum_limit(like) or not fabs(rows.z_target[before]) <= exp_limit(like):
                 x = <const floating*>(batch.logits + (first + before) * batch.logits_stride)
-                take_row(x, summed, n_classes, batch.ids[first + before], True, rows, before, &own, &pending)
+                take_row(x, summed, n_classes, batch.ids[first + before], True, rows, before, &own, &pending, &wide)
             if batch.out != NULL:
                 rows.inverse[before] = 1.0 / (rows.others[before] + rows.at_target[before])
                 begin_row(
@@ -110,7 +119,6 @@ cdef inline double sweep(
     cdef floating low = <floating>window.low
     cdef floating high = <floating>window.high
     cdef floating magic = <floating>window.magic
-    cdef floating nothing = <floating>(0.0 * window.magic)  # 0, but not to gcc, which makes a slow "rep stos" of it
     cdef Py_ssize_t block, lane, start, rest
     cdef Sum sums
     clear(&sums)
@@ -124,12 +132,7 @@ cdef inline double sweep(
                 for lane in range(SUM_BLOCK):
                     terms[start + lane] = exp_shifted(x[start + lane], offset, low, high, magic)
             else:
-                for lane in range(SUM_BLOCK):
-                    terms[start + lane] = nothing
-                for lane in range(rest - rest % LANES):
-                    terms[start + lane] = exp_shifted(x[start + lane], offset, low, high, magic)
-                for lane in range(n - LANES, n):
-                    terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
+                exp_last_block(x + start, terms + start, rest, offset, low, high, magic)
         if summed != NULL:
             add_block(summed + start, &sums)
         if pending.left >= SUM_BLOCK:

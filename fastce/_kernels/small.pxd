@@ -83,12 +83,13 @@ cdef inline void take_small_row(
     cdef floating[SMALL_CLASSES] logits
     cdef floating[LANES + SUM_BLOCK] alone
     cdef Py_ssize_t j
+    cdef bint wide = False
     cdef ExpWindow window
     cdef Pending nothing = nothing_pending()
     for j in range(SMALL_CLASSES):
         logits[j] = -INFINITY
     memcpy(logits, x, n_classes * sizeof(floating))
-    take_row(logits, alone + LANES, larger(n_classes, LANES), t, True, rows, r, &window, &nothing)
+    take_row(logits, alone + LANES, larger(n_classes, LANES), t, True, rows, r, &window, &nothing, &wide)
     memcpy(terms, alone + LANES, n_classes * sizeof(floating))
 
 
@@ -153,7 +154,7 @@ cdef inline void write_small_rows(
             for lane in range(LANES):
                 vector[lane] = terms[j * LANES + lane] * single
             memcpy(row + j * LANES, vector, sizeof(vector))
-        row[ids[r] if ids[r] > 0 else 0] = pull[r] if ids[r] >= 0 else 0
+        row[ids[r] if ids[r] > 0 else 0] = pull[r]     # 0.0 for an ignored row, at element 0
         terms += n_classes
         row += n_classes
     for r in range(n_over if n_over > 0 else 0, n):
