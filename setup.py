@@ -18,6 +18,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 KERNELS = Path("fastce/_kernels")
+SOURCES = ("rows", "soft")  # each compiled once per target
 # Two-sum and the rounding to integers live on the order of operations, whatever CFLAGS say. These come first: gcc takes
 # back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
 FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
@@ -95,7 +96,7 @@ def extensions():
     }
     openmp = openmp_flags()
     modules = [("cpu", "cpu.pyx", "baseline", [])]
-    modules += [(f"rows_{target}", "rows.pyx", target, openmp) for target in TARGETS]
+    modules += [(f"{source}_{target}", f"{source}.pyx", target, openmp) for source in SOURCES for target in TARGETS]
     built = []
     for module, source, target, flags in modules:
         built += cythonize(

@@ -3,6 +3,31 @@
 from fastce import reference
 from fastce._engine import build_info
 from fastce._version import __version__
-from fastce.losses import cross_entropy, cross_entropy_with_grad
+from fastce.activations import log_softmax, logsumexp, softmax
+from fastce.divergence import kl_divergence, kl_divergence_with_grad
+from fastce.focal import focal_loss, focal_loss_with_grad
+from fastce.losses import cross_entropy, cross_entropy_with_grad, cross_entropy_with_grad_hess
+from fastce.poly import poly_loss, poly_loss_with_grad
+from fastce.statistics import CrossEntropyStats, cross_entropy_stats
+from fastce.targets import SparseTargets
 
-__all__ = ["__version__", "build_info", "cross_entropy", "cross_entropy_with_grad", "reference"]
+__all__ = [
+    "CrossEntropyStats",
+    "SparseTargets",
+    "__version__",
+    "build_info",
+    "cross_entropy",
+    "cross_entropy_stats",
+    "cross_entropy_with_grad",
+    "cross_entropy_with_grad_hess",
+    "focal_loss",
+    "focal_loss_with_grad",
+    "kl_divergence",
+    "kl_divergence_with_grad",
+    "log_softmax",
+    "logsumexp",
+    "poly_loss",
+    "poly_loss_with_grad",
+    "reference",
+    "softmax",
+]

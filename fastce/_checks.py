@@ -16,16 +16,22 @@ INT64_MAX = np.iinfo(np.int64).max
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def as_logits(logits):
-    """Return `logits` as a plain float32 or float64 array with at least one axis."""
-    array = as_plain_array("logits", logits)
-    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+def as_logits(logits, name="logits"):
+    """Return `logits` as a plain floating array with at least one axis."""
+    array = as_plain_array(name, logits)
+    if not is_floating(array.dtype):
         raise TypeError(
-            f"logits must be a float32 or float64 array, got {array.dtype}; convert with .astype(np.float32)"
+            f"{name} must be a float16, bfloat16, float32 or float64 array, got {array.dtype}; "
+            "convert with .astype(np.float32)"
         )
     if array.ndim == 0:
-        raise ValueError("logits must have at least one axis, the class axis; got a 0-d array")
+        raise ValueError(f"{name} must have at least one axis, the class axis; got a 0-d array")
     return array
+
+
+def is_floating(dtype):
+    """Return whether fastce computes with this dtype: float16, float32, float64 or ml_dtypes' bfloat16."""
+    return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or dtype.name == "bfloat16"
 
 
 def as_plain_array(name, value):
@@ -51,6 +57,13 @@ def as_integer(name, expected, value):
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be {expected}, got {value!r}") from None
+
+
+def as_bool(name, value):
+    """Return `value` as a bool; nothing else is one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def as_axis(axis, shape):
@@ -84,16 +97,26 @@ def as_class_ids(targets, logits_shape, axis, ignored):
     array = as_plain_array("targets", targets)
     n_classes = logits_shape[axis]
     row_shape = logits_shape[:axis] + logits_shape[axis + 1 :]
-    if array.size == 0 and array.shape == (0,) and not isinstance(targets, np.ndarray):
+    if is_empty_list(targets, array):
         array = array.astype(np.int64)
     check_targets_match(array, logits_shape, row_shape, axis)
+    return as_indices("targets", array, row_shape, n_classes, ignored)
+
+
+def is_empty_list(targets, array):
+    """Return whether `targets` is the empty list, which NumPy takes for floats."""
+    return array.shape == (0,) and not isinstance(targets, np.ndarray)
+
+
+def as_indices(name, array, shape, n_classes, ignored):
+    """Return (private int64 copy of class indices, flat, with ignored ones replaced by -1; how many are not)."""
     values = array.flatten()  # a copy in any case: from here on nobody else can change the ids
     if values.dtype.kind == "u" and values.dtype.itemsize == 8 and values.size and values.max() > INT64_MAX:
-        raise_out_of_range(values, row_shape, n_classes, ignored)
+        raise_out_of_range(name, values, shape, n_classes, ignored)
     ids = values.astype(np.int64, copy=False)
     first_bad, n_live = kernels.encode_ids(ids, n_classes, ignored)
     if first_bad >= 0:
-        raise_out_of_range(values, row_shape, n_classes, ignored)
+        raise_out_of_range(name, values, shape, n_classes, ignored)
     return ids, n_live
 
 
@@ -105,6 +128,11 @@ def check_targets_match(array, logits_shape, row_shape, axis):
             f"targets: class ids must be integers of shape {row_shape}, "
             f"got {array.dtype} of shape {array.shape}{remedy}"
         )
+    check_rows_shape(array, logits_shape, row_shape, axis)
+
+
+def check_rows_shape(array, logits_shape, row_shape, axis):
+    """Raise unless `array` has the rows' shape; say which likely mistake was made."""
     if array.shape == row_shape:
         return
     expected = f"targets must have the shape of logits without the class axis, {row_shape}"
@@ -121,7 +149,7 @@ def check_targets_match(array, logits_shape, row_shape, axis):
     raise ValueError(f"{expected}, {came}{hint}")
 
 
-def raise_out_of_range(values, row_shape, n_classes, ignored):
+def raise_out_of_range(name, values, row_shape, n_classes, ignored):
     """Raise the IndexError that names the lowest bad row, how many there are, and the likely mistake."""
     live = ~np.isin(values, ignored.astype(values.dtype)[ignored.astype(values.dtype) == ignored])
     bad = live & ((values < 0) | (values >= n_classes))
@@ -136,7 +164,7 @@ def raise_out_of_range(values, row_shape, n_classes, ignored):
         hint = "; labels seem to start at 1: pass targets - 1"
     elif value in (-1, 255):
         hint = f"; to leave such rows out pass ignore_index={value}"
-    where = f"targets[{position}]" if row_shape else "targets"
+    where = f"{name}[{position}]" if row_shape else name
     raise IndexError(
         f"{where} = {value} is out of range for {n_classes} classes (expected 0..{n_classes - 1}){others}{hint}"
     )
@@ -160,10 +188,10 @@ def as_real(name, value):
     return float(value)
 
 
-def as_denominator(denominator, reduction, n_live):
-    """Return what a mean is divided by, as a float: `denominator` if it is given, else the number of live rows."""
+def as_denominator(denominator, reduction):
+    """Return what a mean is divided by, as a float, or None if it is not given."""
     if denominator is None:
-        return float(n_live)
+        return None
     value = as_real("denominator", denominator)
     if reduction != "mean":
         raise ValueError(f"denominator goes only with reduction='mean', got reduction={reduction!r}")
@@ -192,31 +220,35 @@ def as_grad_output(grad_output, reduction, row_shape):
         return array.astype(np.float64).reshape(-1)
 
 
-def check_out(out, logits, given):
+def check_out(out, logits, given, *, any_float=False, name="out"):
     """Raise unless `out` can take the gradient; `given` are the (name, argument) pairs it must not overlap.
 
     `out` may be `logits` itself: same memory, same layout. Class ids are copied first and may lie anywhere.
+    `any_float` lets it have another floating dtype than the logits.
     """
+    dtype = logits.dtype.newbyteorder("=")
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy array, got {type(out).__name__}")
-    if out.dtype.kind != "f" or out.dtype.newbyteorder("=") != logits.dtype.newbyteorder("="):
-        raise TypeError(f"out must have the dtype of logits, {logits.dtype.newbyteorder('=')}, got {out.dtype}")
+        raise TypeError(f"{name} must be a numpy array, got {type(out).__name__}")
+    if any_float and not is_floating(out.dtype):
+        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 array, got {out.dtype}")
+    if not any_float and out.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"{name} must have the dtype of logits, {dtype}, got {out.dtype}")
     if not out.dtype.isnative:
-        raise TypeError(f"out must have native byte order, got {out.dtype}")
+        raise TypeError(f"{name} must have native byte order, got {out.dtype}")
     if out.shape != logits.shape:
-        raise ValueError(f"out must have the shape of logits, {logits.shape}, got {out.shape}")
+        raise ValueError(f"{name} must have the shape of logits, {logits.shape}, got {out.shape}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     if isinstance(out, np.ma.MaskedArray):
-        raise TypeError("out must be a plain array, got a masked array")
+        raise TypeError(f"{name} must be a plain array, got a masked array")
     if overlaps_itself(out):
-        raise ValueError(f"out overlaps itself: strides {out.strides} for shape {out.shape}")
+        raise ValueError(f"{name} overlaps itself: strides {out.strides} for shape {out.shape}")
     if same_memory(out, logits):
         given = [pair for pair in given if pair[0] != "logits"]
-    for name, value in given:
+    for other, value in given:
         if isinstance(value, np.ndarray) and share_memory(out, value):
-            remedy = "; pass logits itself to work in place, or a separate array" if name == "logits" else ""
-            raise ValueError(f"out overlaps {name}{remedy}")
+            remedy = "; pass logits itself to work in place, or a separate array" if other == "logits" else ""
+            raise ValueError(f"{name} overlaps {other}{remedy}")
 
 
 def same_memory(a, b):
@@ -257,3 +289,160 @@ def as_num_threads(num_threads):
     if value < 1:
         raise ValueError(f"num_threads must be >= 1 or None, got {value}")
     return value
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def as_number(name, value, expected, accepts):
+    """Return `value` as a float that `accepts` says is fine; `expected` says in words what that is."""
+    number = as_real(name, value)
+    if not accepts(number):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def as_fraction(name, value):
+    """Return `value` as a float in [0, 1]."""
+    return as_number(name, value, "in [0, 1]", lambda number: 0 <= number <= 1)
+
+
+def as_positive(name, value):
+    """Return `value` as a finite float > 0."""
+    return as_number(name, value, "finite and > 0", lambda number: 0 < number < math.inf)
+
+
+def as_non_negative(name, value):
+    """Return `value` as a finite float >= 0."""
+    return as_number(name, value, "finite and >= 0", lambda number: 0 <= number < math.inf)
+
+
+def as_softcap(softcap):
+    """Return the cap as a float, 0.0 for None."""
+    return 0.0 if softcap is None else as_positive("softcap", softcap)
+
+
+def as_numbers(name, value, shape, what, *, negative):
+    """Return `value` as a private flat float64 array, finite, of the shape of `what`."""
+    array = as_plain_array(name, value)
+    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape of {what}, {shape}, got {array.shape}")
+    numbers = array.astype(np.float64).reshape(-1)
+    accepted = np.isfinite(numbers) if negative else np.isfinite(numbers) & (numbers >= 0)
+    if not accepted.all():
+        first = int(np.argmin(accepted))
+        position = ", ".join(str(int(i)) for i in np.unravel_index(first, shape)) if shape else ""
+        expected = "finite" if negative else "finite and >= 0"
+        raise ValueError(f"{name} must be {expected}, got {name}[{position}] = {numbers[first]}")
+    return numbers
+
+
+def as_class_weight(weight, n_classes):
+    """Return the class weights as a float64 array (C,), or None."""
+    if weight is None:
+        return None
+    return as_numbers("weight", weight, (n_classes,), "the classes", negative=False)
+
+
+def as_sample_weight(sample_weight, row_shape):
+    """Return the weights of the rows as a flat float64 array, or None."""
+    if sample_weight is None:
+        return None
+    return as_numbers("sample_weight", sample_weight, row_shape, "the rows", negative=True)
+
+
+def as_class_mask(class_mask, logits_shape, axis):
+    """Return the mask broadcast to logits' shape with the class axis last, or None.
+
+    Whether a row has any class left is checked by check_classes_left, once it is known which rows count.
+    """
+    if class_mask is None:
+        return None
+    mask = as_plain_array("class_mask", class_mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"class_mask must be a bool array, got {mask.dtype}")
+    try:
+        return np.moveaxis(np.broadcast_to(mask, logits_shape), axis, -1)
+    except ValueError:
+        raise ValueError(
+            f"class_mask must broadcast to the shape of logits, {logits_shape}, got {mask.shape}"
+        ) from None
+
+
+def check_classes_left(mask, live):
+    """Raise unless every live row (bool array of the rows' shape, or None for all) has a class that is not masked."""
+    distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.strides)]
+    left = np.broadcast_to(distinct.any(axis=-1), mask.shape[:-1])
+    bad = ~left if live is None else live & ~left
+    if bad.any():
+        first = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        position = ", ".join(str(int(i)) for i in first)
+        raise ValueError(
+            f"class_mask hides every class of row [{position}]; leave such rows out with ignore_index or sample_weight 0"
+        )
+
+
+# ---- soft targets --------------------------------------------------------------------------------------------------
+
+
+def is_distribution(targets, array, logits_shape):
+    """Return whether targets are one number per class: floating, of the logits' shape."""
+    return array.shape == logits_shape and is_floating(array.dtype) and not is_empty_list(targets, array)
+
+
+def check_distribution(array, axis, live):
+    """Raise unless every number of a distribution (any layout) is finite and >= 0, rows that are not `live` excepted."""
+    if all(part.min() >= 0 and part.max() < np.inf for part in parts_of(array)):
+        return
+    bad = ~((array >= 0) & (array < np.inf))
+    if live is not None:
+        bad &= np.expand_dims(live, axis)
+    if bad.any():
+        first = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        position = ", ".join(str(int(i)) for i in first)
+        raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {array[first]}")
+
+
+def parts_of(array, limit=1 << 17):
+    """Yield views that together are `array`, of at most `limit` elements where that can be had along the first axes."""
+    if array.size <= limit or array.ndim == 0:
+        if array.size:
+            yield array
+        return
+    step = max(1, limit * len(array) // array.size)
+    if step > 1:
+        for start in range(0, len(array), step):
+            yield array[start : start + step]
+        return
+    for part in array:
+        yield from parts_of(part, limit)
+
+
+def check_no_ignore(ignore_index, default):
+    """Raise unless `ignore_index` is the default or None: it means nothing for soft targets."""
+    if ignore_index is None or (isinstance(ignore_index, int) and ignore_index == default):
+        return
+    raise ValueError(
+        f"ignore_index goes only with class ids, got ignore_index={ignore_index!r} with soft targets; "
+        "leave rows out with sample_weight 0"
+    )
+
+
+def as_sparse_targets(targets, logits_shape, axis):
+    """Return (indices, values) of sparse targets: private (N, m) arrays of int64 and float64."""
+    row_shape = logits_shape[:axis] + logits_shape[axis + 1 :]
+    indices = as_plain_array("targets.indices", targets.indices)
+    values = as_plain_array("targets.values", targets.values)
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"targets.indices must be integers, got {indices.dtype}")
+    if indices.ndim != len(row_shape) + 1 or indices.shape[:-1] != row_shape:
+        raise ValueError(
+            f"targets.indices must have the rows' shape and one axis more, {(*row_shape, 'm')}, got {indices.shape} "
+            f"with logits of shape {logits_shape} and class axis {axis}"
+        )
+    numbers = as_numbers("targets.values", values, indices.shape, "targets.indices", negative=False)
+    ids, _ = as_indices("targets.indices", indices, indices.shape, logits_shape[axis], np.empty(0, np.int64))
+    n_entries = indices.shape[-1]
+    return ids.reshape(-1, n_entries), numbers.reshape(-1, n_entries)

@@ -48,7 +48,13 @@ def load_kernels():
     return wanted, importlib.import_module(f"fastce._kernels.rows_{wanted}")
 
 
+def load_module(name):
+    """Return another kernel module of the target in use."""
+    return importlib.import_module(f"fastce._kernels.{name}_{TARGET}")
+
+
 TARGET, kernels = load_kernels()
+soft = load_module("soft")
 
 
 def build_info():
@@ -163,11 +169,11 @@ def plain_cross_entropy(logits, targets, out, with_grad):
     return kernels.plain_cross_entropy(logits, targets, out, with_grad, SERIAL_ELEMENTS, default_threads)
 
 
-def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):
+def cross_entropy_rows(logits, ids, losses, scale, out, num_threads, weight=None, sample_weight=None):
     """Fill `losses` and, unless it is None, `out` with the gradients of all rows, each times `scale`.
 
-    `logits` and `out` have any layout, class axis last; `ids` and `losses` are flat over the other axes; `scale` is a
-    float or an array like `losses`.
+    `logits` and `out` have any layout and dtype, class axis last; `ids`, `losses` and `sample_weight` are flat over the
+    other axes; `weight` is that of the classes; `scale` is a float or an array like `losses`.
     """
     n_rows, n_classes = len(ids), logits.shape[-1]
     if n_rows == 0:
@@ -175,31 +181,180 @@ def cross_entropy_rows(logits, ids, losses, scale, out, num_threads):
     scales = scale if isinstance(scale, np.ndarray) else None
     scale = 1.0 if scales is not None else scale
     num_threads = threads_for(logits.size, num_threads)
-    dtype = logits.dtype.newbyteorder("=")
-    rows, grads = as_rows(logits), None if out is None else as_rows(out)
-    where_they_lie = rows is not None and (out is None or grads is not None)
-    step = min(n_rows, max(1, (SLAB_ELEMENTS if where_they_lie else BUFFER_ELEMENTS) // n_classes))
-    # All memory that the walk needs is had before the first block is written.
-    buffer = None if where_they_lie else np.empty((step, n_classes), dtype)
-    memory = np.empty(kernels.memory_needed(step, n_classes, dtype == np.float32, out is not None, num_threads), "u1")
-
-    def run(first, stop, rows, grads):
-        part = slice(first, stop)
-        part_scales = None if scales is None else scales[part]
-        kernels.cross_entropy_rows(rows, ids[part], losses[part], scale, part_scales, grads, memory, num_threads)
-
-    if buffer is None:
-        for first in range(0, n_rows, step):
-            part = slice(first, first + step)
-            run(first, first + step, rows[part], None if grads is None else grads[part])
+    dtype = computing_dtype(logits.dtype)
+    columns = as_columns(logits, dtype), None if out is None else as_columns(out, dtype)
+    alike = out is None or (columns[1] is not None and columns[0] is not None and columns[0].shape == columns[1].shape)
+    if columns[0] is not None and alike and n_classes <= kernels.MAX_COLUMN_CLASSES:
+        column_rows(*columns, ids, losses, scale, scales, num_threads, weight, sample_weight)
         return
-    for index, first, stop in row_blocks(logits.shape[:-1], step):
-        block = buffer[: stop - first]
-        shaped = block.reshape(logits[index].shape)
-        np.copyto(shaped, logits[index])
-        run(first, stop, block, None if out is None else block)
-        if out is not None:
-            np.copyto(out[index], shaped)
+    # All memory that the walk needs is had before the first block is written.
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    memory = np.empty(
+        kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads), "u1"
+    )
+    for part, (rows,), (grads,) in walk:
+        kernels.cross_entropy_rows(
+            rows, ids[part], losses[part], scale, part_of(scales, part), grads, memory, num_threads,
+            weight, part_of(sample_weight, part),
+        )
+
+
+def column_rows(logits, out, ids, losses, scale, scales, num_threads, weight, sample_weight):
+    """Do what cross_entropy_rows does for logits (G, C, n), of which neighbouring rows lie side by side."""
+    n_groups, n_classes, n = logits.shape
+    memory = np.empty(kernels.column_memory_needed(n_classes, logits.itemsize, num_threads), "u1")
+    step = max(1, SLAB_ELEMENTS // (n_classes * n))
+    for first in range(0, n_groups, step):
+        group, part = slice(first, first + step), slice(first * n, (first + step) * n)
+        kernels.cross_entropy_columns(
+            logits[group], ids[part], losses[part], scale, part_of(scales, part), None if out is None else out[group],
+            memory, num_threads, weight, part_of(sample_weight, part),
+        )
+
+
+def as_columns(array, dtype):
+    """Return `array`, class axis last, as (G, C, n) with a contiguous last axis of rows, or None if it is not so."""
+    strides, shape = array.strides, array.shape
+    if array.dtype != dtype or not array.flags.aligned or array.ndim < 2 or shape[-1] == 1:
+        return None
+    if strides[-2] != array.itemsize or strides[-1] < shape[-2] * array.itemsize:
+        return None
+    n, axis = 1, array.ndim - 2
+    while axis >= 0 and (shape[axis] == 1 or strides[axis] == n * array.itemsize):
+        n *= shape[axis]
+        axis -= 1
+    if axis > 0 or strides[-1] < n * array.itemsize:
+        return None
+    groups, group_stride = (shape[0], strides[0]) if axis == 0 else (1, 0)
+    return np.lib.stride_tricks.as_strided(array, (groups, shape[-1], n), (group_stride, strides[-1], array.itemsize))
+
+
+def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row, constants, num_threads):
+    """Fill `losses` and, unless they are None, `out` and `hess` by the general kernels.
+
+    Arrays with a class axis have any layout and dtype, class axis last; `mask` is bool, broadcast to logits' shape.
+    `per_row` are the kernel's keywords for arrays over the flattened rows (others are left out), `constants` for the rest.
+    """
+    n_rows, n_classes = len(losses), logits.shape[-1]
+    if n_rows == 0:
+        return
+    num_threads = threads_for(logits.size, num_threads)
+    dtype = computing_dtype(logits.dtype)
+    if mask is not None:
+        mask = mask.view(np.uint8)
+        if is_common(mask):
+            constants = constants | {"mask": np.ascontiguousarray(mask[(0,) * (mask.ndim - 1)]).reshape(1, -1)}
+            mask = None
+    if smoothing:
+        base = None if mask is not None else smoothing_base(smoothing, n_classes, dtype, **constants)
+        constants = constants | {"smoothing": smoothing, "base": base}
+    walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess])
+    memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
+    for part, (rows, targets, shown), (grads, curves) in walk:
+        arrays = {name: part_of(array, part) for name, array in per_row.items()}
+        if shown is not None:
+            arrays["mask"] = shown
+        if "statistics" in arrays:
+            arrays["statistics"] = tuple(array[part] for array in per_row["statistics"])
+        soft.soft_rows(
+            rows, losses[part], memory, num_threads, distribution=targets, out=grads, hess=curves, **arrays, **constants
+        )
+
+
+def smoothing_base(smoothing, n_classes, dtype, *, weight, mask=None, **_):
+    """Return the mass that smoothing gives to each class, weighted: smoothing/K for the K classes that `mask` shows."""
+    shown = np.ones(n_classes) if mask is None else mask[0].astype(np.float64)
+    share = shown * (smoothing / max(1.0, shown.sum()))
+    return np.ascontiguousarray(share if weight is None else share * weight, dtype)
+
+
+def activation_rows(logits, out, lse, logarithm, num_threads):
+    """Fill, unless they are None, `out` with softmax or log_softmax and `lse` (flat float64) with logsumexp."""
+    n_rows, n_classes = logits.size // logits.shape[-1], logits.shape[-1]
+    if n_rows == 0:
+        return
+    num_threads = threads_for(logits.size, num_threads)
+    dtype = computing_dtype(logits.dtype)
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
+    for part, (rows,), (values,) in walk:
+        soft.activation_rows(rows, values, part_of(lse, part), logarithm, memory, num_threads)
+
+
+def computing_dtype(dtype):
+    """Return the native dtype that computes for `dtype`: float32 for the half types."""
+    return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def is_common(mask):
+    """Return whether a broadcast mask is the same for all rows."""
+    return all(stride == 0 or length == 1 for stride, length in zip(mask.strides[:-1], mask.shape[:-1], strict=True))
+
+
+def part_of(array, part):
+    return array[part] if isinstance(array, np.ndarray) else None
+
+
+class Walk:
+    """The way through a batch in blocks: yields (slice of the flattened rows, input blocks, output blocks).
+
+    Inputs and outputs have any layout and dtype, class axis last, or are None. Those that kernels can use lie where they
+    are; the others pass through buffers of a fixed size, which are had when the walk is made.
+    """
+
+    def __init__(self, n_rows, n_classes, dtype, inputs, outputs):
+        self.n_rows = n_rows
+        self.arrays = [*inputs, *outputs]
+        self.n_inputs = len(inputs)
+        self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
+        pairs = list(zip(self.arrays, self.rows, strict=True))
+        where_they_lie = all(array is None or rows is not None for array, rows in pairs)
+        self.step = min(n_rows, max(1, (SLAB_ELEMENTS if where_they_lie else BUFFER_ELEMENTS) // n_classes))
+        self.row_shape = next(array.shape[:-1] for array in self.arrays if array is not None)
+        self.buffers = [
+            None if array is None or rows is not None else np.empty((self.step, n_classes), block_dtype(array, dtype))
+            for array, rows in pairs
+        ]
+        # Kernels may write the first output over the logits, so one buffer serves both.
+        if self.buffers[0] is not None and self.buffers[self.n_inputs] is not None:
+            self.buffers[self.n_inputs] = self.buffers[0]
+        self.where_they_lie = where_they_lie
+
+    def __iter__(self):
+        if self.where_they_lie:
+            for first in range(0, self.n_rows, self.step):
+                part = slice(first, first + self.step)
+                blocks = [part_of(rows, part) for rows in self.rows]
+                yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
+            return
+        for index, first, stop in row_blocks(self.row_shape, self.step):
+            part = slice(first, stop)
+            blocks = [self.block(i, part) for i in range(len(self.arrays))]
+            for array, buffer, block in self.buffered(0, self.n_inputs, blocks):
+                np.copyto(block.reshape(array[index].shape), array[index], casting="unsafe")
+            yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
+            with np.errstate(all="ignore"):
+                for array, buffer, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
+                    np.copyto(array[index], block.reshape(array[index].shape), casting="unsafe")
+
+    def block(self, i, part):
+        if self.rows[i] is not None:
+            return self.rows[i][part]
+        return None if self.buffers[i] is None else self.buffers[i][: part.stop - part.start]
+
+    def buffered(self, first, stop, blocks):
+        for i in range(first, stop):
+            if self.buffers[i] is not None:
+                yield self.arrays[i], self.buffers[i], blocks[i]
+
+
+def can_lie(array, dtype):
+    """Return whether kernels that compute in `dtype` read or write this array as it is, if its layout allows."""
+    return array is not None and array.dtype in (dtype, np.uint8)
+
+
+def block_dtype(array, dtype):
+    return array.dtype if array.dtype == np.uint8 else dtype
 
 
 def as_rows(array):

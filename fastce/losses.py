@@ -1,14 +1,17 @@
-"""Softmax cross-entropy: docstrings, options turned into numbers, reduction. Checks, allocates, one call, returns."""
+"""Softmax cross-entropy with gradient and Hessian: checks, allocates, one call, returns."""
 
 import numpy as np
 
 from fastce import _checks, _engine
+from fastce._problem import AXIS, IGNORE_INDEX, deliver, given_arrays, gradient_array, loss_arrays, pose
 
-__all__ = ["cross_entropy", "cross_entropy_with_grad"]
+__all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
 
-AXIS = -1
-IGNORE_INDEX = -100
 MEAN = "mean"
+# Defaults by name, so that a call without options is told by identity.
+NO_SMOOTHING = 0.0
+NO_SCALE = 1.0
+NO_Z_LOSS = 0.0
 
 
 def cross_entropy(
@@ -16,35 +19,68 @@ def cross_entropy(
     targets,
     *,
     axis=AXIS,
+    weight=None,
+    sample_weight=None,
     ignore_index=IGNORE_INDEX,
+    label_smoothing=NO_SMOOTHING,
+    logit_scale=NO_SCALE,
+    softcap=None,
+    z_loss=NO_Z_LOSS,
+    class_mask=None,
     reduction=MEAN,
     denominator=None,
     num_threads=None,
 ):
-    r"""Softmax cross-entropy of logits against class ids, in nats.
+    r"""Softmax cross-entropy of logits against class ids or distributions, in nats.
 
-    The loss of a row with logits :math:`z` and class :math:`t` is
+    With logits :math:`z` (scaled, capped and masked as below), :math:`p_j = e^{z_j} / \sum_k e^{z_k}`, class weights
+    :math:`w`, smoothing :math:`\epsilon` and K classes, the loss of a row is for a class id :math:`t`
 
-    .. math:: -\log p_t, \qquad p_j = e^{z_j} / \sum_k e^{z_k},
+    .. math:: -(1 - \epsilon) w_t \log p_t - \frac{\epsilon}{K} \sum_c w_c \log p_c
 
-    computed as :math:`\log(1 + \sum_{j \ne t} e^{z_j - z_t})` wherever that is small, so that a confident row keeps
-    all digits of its tiny loss.
+    and for a distribution :math:`q`
+
+    .. math:: -\sum_c w_c q'_c \log p_c, \qquad q' = (1 - \epsilon) q + \epsilon / K,
+
+    plus :math:`\zeta (\log \sum_k e^{z_k})^2` with the factor `z_loss`, all times the row's `sample_weight`.
+    :math:`-\log p_t` is computed as :math:`\log(1 + \sum_{j \ne t} e^{z_j - z_t})` wherever that is small, so that a
+    confident row keeps all digits of its tiny loss.
 
     Parameters
     ----------
-    logits : array_like of float32 or float64, shape (..., C, ...)
+    logits : array_like of float32, float64, float16 or bfloat16, shape (..., C, ...)
         Unnormalised scores, at least one class along `axis`. Any strides, alignment and byte order; rows that lie
-        contiguous in memory are used where they lie, also with a padded row stride.
-    targets : array_like of int, shape of `logits` without `axis`
-        Class ids in [0, C) or among `ignore_index`, of any integer dtype.
+        contiguous in memory are used where they lie, also with a padded row stride. The half types (bfloat16 is
+        ml_dtypes') are computed in float32.
+    targets : array_like of int, array_like of float, or SparseTargets
+        Integers of the shape of `logits` without `axis` are class ids in [0, C) or among `ignore_index`. Floats of the
+        shape of `logits` are a distribution a row: finite and >= 0, the sum need not be 1. See also
+        :class:`SparseTargets`.
     axis : int, default -1
         The class axis of `logits`.
+    weight : array_like of float, shape (C,), optional
+        Weights of the classes, finite and >= 0. A weight of 0 makes an infinite loss 0.
+    sample_weight : array_like of float, the rows' shape, optional
+        Weights of the rows, finite, of any sign. Rows of weight 0 count for nothing: their logits are not read.
     ignore_index : int, sequence of int or None, default -100
-        Class ids whose rows count for nothing: their logits are not read, their loss is 0. None ignores nothing.
+        Class ids whose rows count for nothing: their logits are not read, their loss is 0. None ignores nothing. Only
+        for class ids.
+    label_smoothing : float, default 0.0
+        In [0, 1]: the part of each target that is spread over all classes evenly.
+    logit_scale : float, default 1.0
+        Finite and > 0: multiplies the logits (the inverse of a temperature); the product is rounded to their dtype.
+    softcap : float, optional
+        Finite and > 0: scaled logits x become ``softcap * tanh(x / softcap)``, rounded to their dtype; -inf stays.
+    z_loss : float, default 0.0
+        Finite and >= 0: the weight of the squared log-sum-exp, which keeps logits from drifting.
+    class_mask : array_like of bool, broadcastable to `logits`, optional
+        False: this class does not exist for this row, whatever its logit. Its probability is 0, smoothing goes to the
+        other classes only, and a target on it has the loss inf.
     reduction : {"mean", "sum", "none"}, default "mean"
         "mean" divides the sum of the rows' losses by `denominator`, "none" returns them row by row.
     denominator : float, optional
-        Finite and > 0, only with "mean"; by default the number of rows that are not ignored.
+        Finite and > 0, only with "mean". By default the sum over the rows that count of ``sample_weight * weight[t]``
+        for class ids, of ``sample_weight`` for soft targets, where what is not given is 1.
     num_threads : int, optional
         At most this many threads. By default ``FASTCE_NUM_THREADS``, else OpenMP's own limit, capped by the CPUs
         this process may use; small batches stay on the calling thread. The result has the same bits for any number.
@@ -53,28 +89,31 @@ def cross_entropy(
     -------
     float or ndarray
         "mean" and "sum": a Python float, reduced in float64. "none": an array of the rows' shape and of the logits'
-        dtype. The mean of no rows (all ignored, or none given) is nan, their sum 0.0.
+        dtype (float32 for the half types). The mean over a denominator of 0 (all ignored, no rows, weights that add up
+        to 0) is nan; the sum of nothing is 0.0.
 
     Raises
     ------
     TypeError
         A dtype or kind that cannot be right: integer logits, float class ids, a non-integer `ignore_index`.
     ValueError
-        Shapes that do not fit, an axis or option out of range.
+        Shapes that do not fit, an axis or option out of range, a row whose classes are all masked.
     IndexError
         A class id that is neither in [0, C) nor ignored; the message names the first such row.
 
     Notes
     -----
     A row with a nan, a +inf or nothing but -inf has the loss nan; a target whose logit is -inf has the loss inf.
-    Every finite loss is within 5e-7 (float32) or 2e-15 (float64) of the exact value, relatively, down to the smallest
-    normal number, and never negative. The log-sum-exp form is that of [1]_; the log1p form follows from leaving the
-    target out of the sum.
+    Every finite loss is within 5e-7 (float32) or 2e-15 (float64) of the exact value for the logits as scaled and capped,
+    relatively, down to the smallest normal number, and never negative as long as no sample weight is. The log-sum-exp
+    form is that of [1]_; the log1p form follows from leaving the target out of the sum. Weights, smoothing and means are
+    PyTorch's [2]_.
 
     References
     ----------
     .. [1] P. Blanchard, D. J. Higham, N. J. Higham, "Accurately computing the log-sum-exp and softmax functions",
        IMA Journal of Numerical Analysis 41 (2021).
+    .. [2] https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
 
     Examples
     --------
@@ -90,15 +129,50 @@ def cross_entropy(
 
     >>> print(f"{fastce.cross_entropy(np.array([20.0, 0.0]), 0):.7e}")
     2.0611536e-09
+
+    A distribution, and its equal by class ids and smoothing:
+
+    >>> print(f"{fastce.cross_entropy(logits[0], np.array([0.8, 0.1, 0.1])):.6f}")
+    0.639545
+    >>> print(f"{fastce.cross_entropy(logits[0], 0, label_smoothing=0.3):.6f}")
+    0.639545
     """
-    if is_plain(axis, ignore_index, reduction, denominator, num_threads):
+    if is_default(
+        axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
+        denominator, num_threads,
+    ):
         plain = _engine.plain_cross_entropy(logits, targets, None, False)
         if plain is not None:
             return plain[0]
-    loss, _ = _cross_entropy(
-        logits, targets, axis, ignore_index, reduction, denominator, num_threads, None, None, with_grad=False
+    _checks.check_reduction(reduction)
+    divisor = _checks.as_denominator(denominator, reduction)
+    problem = pose(
+        logits, targets, axis, num_threads, weight=weight, sample_weight=sample_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask,
     )
-    return loss
+    divisor = problem.total_weight() if divisor is None and reduction == MEAN else divisor
+    return deliver(problem, reduction, divisor, 1.0, *loss_arrays(problem, reduction))
+
+
+def is_default(
+    axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
+    denominator, num_threads,
+):
+    """Return whether the options are the defaults, by identity: what only compares equal goes through the checks."""
+    return (
+        axis is AXIS
+        and weight is None
+        and sample_weight is None
+        and ignore_index is IGNORE_INDEX
+        and label_smoothing is NO_SMOOTHING
+        and logit_scale is NO_SCALE
+        and softcap is None
+        and z_loss is NO_Z_LOSS
+        and class_mask is None
+        and reduction is MEAN
+        and denominator is None
+        and num_threads is None
+    )
 
 
 def cross_entropy_with_grad(
@@ -106,22 +180,36 @@ def cross_entropy_with_grad(
     targets,
     *,
     axis=AXIS,
+    weight=None,
+    sample_weight=None,
     ignore_index=IGNORE_INDEX,
+    label_smoothing=NO_SMOOTHING,
+    logit_scale=NO_SCALE,
+    softcap=None,
+    z_loss=NO_Z_LOSS,
+    class_mask=None,
     reduction=MEAN,
     denominator=None,
     num_threads=None,
     grad_output=None,
     out=None,
 ):
-    r"""Softmax cross-entropy of logits against class ids, and its gradient with respect to the logits.
+    r"""Softmax cross-entropy of logits, and its gradient with respect to the logits.
 
-    The gradient of a row's loss is :math:`p_j - [j = t]`, computed at the target from the other classes, so that it
-    keeps its digits where :math:`p_t` rounds to 1. It belongs to the loss that is returned: for "mean" it is divided
-    by the denominator, for "none" it is each row's own.
+    With the target's weighted mass :math:`a` (:math:`a_c = w_t [c = t]` for a class id, :math:`w_c q_c` for a
+    distribution, smoothed as in :func:`cross_entropy`), the gradient of a row's loss is
+
+    .. math:: p_c \left(\sum_k a_k + 2 \zeta \log \sum_k e^{z_k}\right) - a_c
+
+    times `sample_weight`, `logit_scale` and the derivative of the cap. It is computed at the target from the other
+    classes, so that it keeps its digits where :math:`p_t` rounds to 1. It belongs to the loss that is returned: for
+    "mean" it is divided by the denominator, for "none" it is each row's own.
 
     Parameters
     ----------
-    logits, targets, axis, ignore_index, reduction, denominator, num_threads
+    logits, targets, axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+        As in :func:`cross_entropy`.
+    class_mask, reduction, denominator, num_threads
         As in :func:`cross_entropy`.
     grad_output : float or array_like of the rows' shape, optional
         Multiplies the gradient (the chain rule's incoming factor); an array goes only with reduction "none". It is
@@ -136,7 +224,8 @@ def cross_entropy_with_grad(
     loss : float or ndarray
         As in :func:`cross_entropy`, the same bits.
     grad : ndarray
-        `out` if it was given, else a new array of logits' shape and dtype. Ignored rows are exactly 0.
+        `out` if it was given, else a new array of logits' shape and dtype. Rows that do not count are exactly 0, and
+        so are masked classes.
 
     Raises
     ------
@@ -145,9 +234,10 @@ def cross_entropy_with_grad(
 
     Notes
     -----
-    Every entry with p >= 2^-126 (float32) is within 4.8e-7 of the exact value, relatively, also at the target;
-    float64 within 2e-15. Special rows: nan, +inf or all -inf make the whole row nan and touch no other; a logit of
-    -inf has the gradient 0; a target at -inf has -1. The gradient of a mean over no rows is 0.
+    Every entry with p >= 2^-126 (float32) is within 4.8e-7 of the exact value, relatively, also at the target; for
+    soft targets, whose terms have both signs, relatively to the sum of their magnitudes; float64 within 2e-15. Special
+    rows: nan, +inf or all -inf make the whole row nan and touch no other; a logit of -inf has p = 0; a target at -inf
+    has -1. The gradient of a mean over a denominator of 0 is 0.
 
     Examples
     --------
@@ -161,68 +251,126 @@ def cross_entropy_with_grad(
     array([[-0.213014,  0.106507,  0.106507],
            [ 0.333333,  0.333333, -0.666667]])
     """
-    if grad_output is None and is_plain(axis, ignore_index, reduction, denominator, num_threads):
+    if grad_output is None and is_default(
+        axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
+        denominator, num_threads,
+    ):
         plain = _engine.plain_cross_entropy(logits, targets, out, True)
         if plain is not None:
             return plain
-    return _cross_entropy(
-        logits, targets, axis, ignore_index, reduction, denominator, num_threads, grad_output, out, with_grad=True
+    problem, divisor, scale = _pose_with_gradient(
+        logits, targets, axis, num_threads, reduction, denominator, grad_output, (("out", out),), weight=weight,
+        sample_weight=sample_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask,
     )
+    losses, loss = loss_arrays(problem, reduction)
+    grad = gradient_array(problem, out)
+    return deliver(problem, reduction, divisor, scale, losses, loss, grad), grad
 
 
-def is_plain(axis, ignore_index, reduction, denominator, num_threads):
-    """Return whether the options are the defaults, by identity: what only compares equal goes through the checks."""
-    return (
-        axis is AXIS
-        and ignore_index is IGNORE_INDEX
-        and reduction is MEAN
-        and denominator is None
-        and num_threads is None
-    )
-
-
-def _cross_entropy(
-    logits, targets, axis, ignore_index, reduction, denominator, num_threads, grad_output, out, *, with_grad
+def cross_entropy_with_grad_hess(
+    logits,
+    targets,
+    *,
+    axis=AXIS,
+    weight=None,
+    sample_weight=None,
+    ignore_index=IGNORE_INDEX,
+    label_smoothing=NO_SMOOTHING,
+    logit_scale=NO_SCALE,
+    softcap=None,
+    z_loss=NO_Z_LOSS,
+    class_mask=None,
+    reduction=MEAN,
+    denominator=None,
+    num_threads=None,
+    grad_output=None,
+    out=None,
+    hess_out=None,
 ):
-    logits = _checks.as_logits(logits)
-    axis = _checks.as_axis(axis, logits.shape)
+    r"""Softmax cross-entropy of logits, its gradient, and the diagonal of its Hessian: what boosting libraries ask for.
+
+    With A the sum of the target's weighted mass (1 without options), the second derivative of a row's loss with respect
+    to its own logit c is
+
+    .. math:: A p_c (1 - p_c) + 2 \zeta p_c (p_c + (1 - p_c) \log \sum_k e^{z_k})
+
+    times `sample_weight`, `grad_output` and the square of `logit_scale`, scaled like the gradient.
+
+    Parameters
+    ----------
+    logits, targets, axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale
+        As in :func:`cross_entropy`.
+    softcap : None
+        Must be None: a cap has a second derivative of its own.
+    z_loss, class_mask, reduction, denominator, num_threads, grad_output
+        As in :func:`cross_entropy_with_grad`.
+    out, hess_out : ndarray, optional
+        Buffers for gradient and Hessian, of logits' shape, with any strides and in any floating dtype: float32 in
+        Fortran order, as boosting libraries want it, goes with float64 scores; the numbers are rounded once more.
+        `out` may be `logits` itself.
+
+    Returns
+    -------
+    loss : float or ndarray
+        As in :func:`cross_entropy`, the same bits.
+    grad, hess : ndarray
+        `out` and `hess_out` if they were given, else new arrays of logits' shape and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As in :func:`cross_entropy`; all of them before anything is written.
+
+    Notes
+    -----
+    The formula is the derivative of the softmax, dp_c/dz_c = p_c (1 - p_c). Every entry is within 4.8e-7 (float32) or
+    2e-15 (float64) of the exact value relatively to A p_c.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastce
+    >>> logits = np.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> loss, grad, hess = fastce.cross_entropy_with_grad_hess(logits, [0, 2], reduction="sum")
+    >>> hess.round(6)
+    array([[0.167639, 0.095163, 0.095163],
+           [0.222222, 0.222222, 0.222222]])
+    """
+    if softcap is not None:
+        raise ValueError(
+            f"softcap must be None for a Hessian, got {softcap!r}; apply the cap to the logits before the call"
+        )
+    problem, divisor, scale = _pose_with_gradient(
+        logits, targets, axis, num_threads, reduction, denominator, grad_output, (("out", out), ("hess_out", hess_out)),
+        any_float=True, weight=weight, sample_weight=sample_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, logit_scale=logit_scale, z_loss=z_loss, class_mask=class_mask,
+    )
+    losses, loss = loss_arrays(problem, reduction)
+    grad, hess = gradient_array(problem, out), gradient_array(problem, hess_out)
+    return deliver(problem, reduction, divisor, scale, losses, loss, grad, hess), grad, hess
+
+
+def _pose_with_gradient(
+    logits, targets, axis, num_threads, reduction, denominator, grad_output, buffers, *, any_float=False, **options
+):
+    """Return (problem, what a mean divides by, scale of the gradient), with `buffers` (name, array or None) checked."""
     _checks.check_reduction(reduction)
-    num_threads = _checks.as_num_threads(num_threads)
-    ignored = _checks.as_ignored(ignore_index)
-    row_shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    scale = _checks.as_grad_output(grad_output, reduction, row_shape)
-    if out is not None:
-        _checks.check_out(out, logits, [("logits", logits), ("grad_output", grad_output)])
-    ids, n_live = _checks.as_class_ids(targets, logits.shape, axis, ignored)
-    divisor = _checks.as_denominator(denominator, reduction, n_live)
-    if reduction == "mean":
-        scale = scale / divisor if divisor else 0.0
+    divisor = _checks.as_denominator(denominator, reduction)
+    scales = []
 
-    losses = np.empty(len(ids))
-    loss = np.empty(row_shape, logits.dtype.newbyteorder("=")) if reduction == "none" else None
-    grad = None
-    if with_grad:
-        grad = np.empty(logits.shape, logits.dtype.newbyteorder("=")) if out is None else out
-    _engine.cross_entropy_rows(classes_last(logits, axis), ids, losses, scale, classes_last(grad, axis), num_threads)
-    return _reduce(losses, loss, reduction, divisor), grad
+    def check_buffers(problem):
+        scales.append(_checks.as_grad_output(grad_output, reduction, problem.row_shape))
+        given = given_arrays(
+            logits=problem.logits, grad_output=grad_output, targets=targets, weight=options["weight"],
+            sample_weight=options["sample_weight"], class_mask=options["class_mask"],
+        )
+        for name, buffer in buffers:
+            if buffer is not None:
+                _checks.check_out(buffer, problem.logits, given, any_float=any_float, name=name)
+                given = [*given, (name, buffer)]
 
-
-def classes_last(array, axis):
-    """Return a plain view of `array` (or None for None) with its class axis last."""
-    if array is None:
-        return None
-    if type(array) is not np.ndarray:
-        array = array.view(np.ndarray)
-    return array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1)
-
-
-def _reduce(losses, loss, reduction, divisor):
-    """Return the rows' losses, in the array `loss`, their sum, or their sum by `divisor`."""
-    if reduction == "none":
-        with np.errstate(over="ignore", under="ignore"):
-            np.copyto(loss, losses.reshape(loss.shape), casting="same_kind")
-        return loss
-    total = _engine.kernels.sum_losses(losses)
-    if reduction == "sum":
-        return total
-    return total / divisor if divisor else float("nan")
+    problem = pose(logits, targets, axis, num_threads, before_targets=check_buffers, **options)
+    if divisor is None and reduction == MEAN:
+        divisor = problem.total_weight()
+    return problem, divisor, scales[0]

@@ -15,7 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 MODULES = ["fastce"] + [
     module.name for module in pkgutil.iter_modules(fastce.__path__, "fastce.") if not module.name.endswith("._kernels")
 ]
-FUNCTIONS = [fastce.cross_entropy, fastce.cross_entropy_with_grad, fastce.build_info]
+FUNCTIONS = [getattr(fastce, name) for name in fastce.__all__ if inspect.isfunction(getattr(fastce, name))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -50,19 +50,46 @@ def test_public_functions_are_documented_with_examples(function):
     assert any(test.examples for test in finder.find(function)), "no example that can be run"
 
 
-def test_signatures_are_the_documented_ones():
-    options = "axis=-1, ignore_index=-100, reduction='mean', denominator=None, num_threads=None"
-    of_gradient = f"{options}, grad_output=None, out=None"
-    for function, expected in (
-        (fastce.cross_entropy, options),
-        (fastce.cross_entropy_with_grad, of_gradient),
-        (fastce.reference.cross_entropy, options),
-        (fastce.reference.cross_entropy_with_grad, of_gradient),
-    ):
-        signature = inspect.signature(function)
+SOFTMAX_OPTIONS = (
+    "axis=-1, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0, logit_scale=1.0, softcap=None, "
+    "z_loss=0.0, class_mask=None, reduction='mean', denominator=None, num_threads=None"
+)
+BINARY_OPTIONS = (
+    "pos_weight=None, sample_weight=None, label_smoothing=0.0, reduction='mean', denominator=None, num_threads=None"
+)
+GRADIENT = "grad_output=None, out=None"
+SIGNATURES = {
+    "cross_entropy": f"logits, targets, *, {SOFTMAX_OPTIONS}",
+    "cross_entropy_with_grad": f"logits, targets, *, {SOFTMAX_OPTIONS}, {GRADIENT}",
+    "cross_entropy_with_grad_hess": f"logits, targets, *, {SOFTMAX_OPTIONS}, {GRADIENT}, hess_out=None",
+    "binary_cross_entropy": f"logits, targets, *, {BINARY_OPTIONS}",
+    "binary_cross_entropy_with_grad": f"logits, targets, *, {BINARY_OPTIONS}, {GRADIENT}",
+    "cross_entropy_from_probs": "probs, targets, *, axis=-1, weight=None, sample_weight=None, ignore_index=-100, "
+    "reduction='mean', denominator=None, num_threads=None",
+    "binary_cross_entropy_from_probs": "probs, targets, *, sample_weight=None, reduction='mean', denominator=None, "
+    "num_threads=None",
+    "softmax": "logits, axis=-1, *, out=None, num_threads=None",
+    "log_softmax": "logits, axis=-1, *, out=None, num_threads=None",
+    "logsumexp": "logits, axis=-1, *, keepdims=False, num_threads=None",
+    "build_info": "",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_documented_ones(name):
+    modules = [fastce] if name == "build_info" else [fastce, fastce.reference]
+    for module in modules:
+        signature = inspect.signature(getattr(module, name))
         bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
         signature = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
-        assert str(signature) == f"(logits, targets, *, {expected})"
+        assert str(signature) == f"({SIGNATURES[name]})"
+
+
+@pytest.mark.parametrize("name", [name for name in fastce.__all__ if inspect.isfunction(getattr(fastce, name))])
+def test_the_reference_defines_every_function(name):
+    if name != "build_info":
+        ours, reference = (inspect.signature(getattr(module, name)) for module in (fastce, fastce.reference))
+        assert [*ours.parameters] == [*reference.parameters]
 
 
 def test_every_public_name_exists():

@@ -4,6 +4,7 @@
 
 exp:  e^r = 1 + r + r^2 * Q(r)            for |r| <= ln2/2, relative error minimised
 log:  log((1+s)/(1-s)) = 2s + s^3 * R(s^2)  for |s| <= (sqrt2-1)/(sqrt2+1), relative error minimised
+tanh: tanh(y) = y + y^3 * T(y^2)           for |y| <= 0.3, relative error minimised
 
 A least-squares fit at Chebyshev nodes comes within a few per cent of the minimax error. Rounding a coefficient shifts
 the best choice of the others, so they are rounded in order of influence and the rest is fitted anew each time.
@@ -55,6 +56,12 @@ def log_quotient(z):
     return mp.fsum(2 * z**k / (2 * k + 3) for k in range(60))
 
 
+def tanh_quotient(z):
+    """(tanh(y) - y) / y^3 with y^2 = z."""
+    y = mp.sqrt(z)
+    return (mp.tanh(y) - y) / y**3
+
+
 def float32(value):
     return mp.mpf(struct.unpack("f", struct.pack("f", float(value)))[0])
 
@@ -89,6 +96,8 @@ def main():
     largest = ((mp.sqrt(2) - 1) / (mp.sqrt(2) + 1)) ** 2 * mp.mpf("1.001")
     coefficients, error = rounded_fit(log_quotient, lambda z: z / 2, mp.mpf(0), largest, 6, float64)
     show("log", coefficients, 0, error)
+    coefficients, error = rounded_fit(tanh_quotient, lambda z: z, mp.mpf("1e-9"), mp.mpf("0.0901"), 7, float64)
+    show("tanh", coefficients, 0, error)
 
 
 if __name__ == "__main__":

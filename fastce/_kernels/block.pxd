@@ -2,9 +2,9 @@
 
 from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, smaller
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, larger, smaller
 from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
 
 cdef extern from "target.h" nogil:
@@ -26,6 +26,8 @@ cdef struct Batch:
     int64_t* ids
     double* scales
     double scale
+    double* weight          # of the classes, or NULL
+    double* sample_weight   # of the rows, or NULL
     double* losses
     Py_ssize_t n_rows
     Py_ssize_t n_classes
@@ -79,10 +81,34 @@ cdef inline void put_row(
     rows.shift[r] = shift
 
 
+# The factor of each row's gradient.
 cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r
     for r in range(n):
         rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
+    if has_weights(batch):
+        for r in range(n):
+            rows.scale[r] *= weight_of(batch, first + r)
+
+
+cdef inline bint has_weights(const Batch* batch) noexcept nogil:
+    return batch.weight != NULL or batch.sample_weight != NULL
+
+
+cdef inline double weight_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
+    cdef double weight = 1.0 if batch.weight == NULL else batch.weight[larger(batch.ids[row], 0)]
+    return weight if batch.sample_weight == NULL else weight * batch.sample_weight[row]
+
+
+# The losses of rows [first, first + n) leave the block, weighted; a weight of 0 makes an infinite loss 0.
+cdef inline void put_losses(const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef double weight
+    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    if has_weights(batch):
+        for r in range(n):
+            weight = weight_of(batch, first + r)
+            batch.losses[first + r] = 0.0 if weight == 0.0 and rows.loss[r] == INFINITY else weight * rows.loss[r]
 
 
 # 1 - p_t. Exactly 1 where the target is out of reach, which others * (1/S) alone may miss by an ulp.

@@ -14,6 +14,7 @@ from fastce._kernels.block cimport (
     load_scales,
     nothing_pending,
     pull_target,
+    put_losses,
     put_row,
     scale_terms,
     terms_of,
@@ -99,7 +100,7 @@ cdef inline void take_rows(
     if row_before >= 0:
         pull_target(batch, rows, first, row_before, like)
     finish_rows(rows, n)
-    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    put_losses(batch, rows, first, n)
 
 
 # Row r's numbers. The first try scales by the target's own term and needs no maximum; it fails when a logit exceeds the

@@ -15,6 +15,7 @@ from fastce._kernels.block cimport (
     load_scales,
     nothing_pending,
     pull_target,
+    put_losses,
     put_row,
     terms_of,
     write_block,
@@ -106,7 +107,7 @@ cdef inline void take_medium_rows(
         end_row(like, &pending)
         pull_target(batch, rows, first, live[n_live - 1], like)
     finish_rows(rows, n)
-    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    put_losses(batch, rows, first, n)
 
 
 # One turn of the pipeline: exponentials of x into terms, the sum of another row's terms, a third row's gradient. Each

@@ -33,8 +33,11 @@ from fastce._kernels.block cimport (
     finish_rows,
     load_scales,
     pull_target,
+    put_losses,
+    weight_of,
 )
-from fastce._kernels.lanes cimport CHUNK, SUM_BLOCK, buffer_elements, chunks_of, larger, smaller
+from fastce._kernels.columns cimport column_terms, take_columns
+from fastce._kernels.lanes cimport CHUNK, SUM_BLOCK, add_chunk, buffer_elements, chunks_of, larger, smaller
 from fastce._kernels.large cimport KEEP_BYTES, has_two_buffers, keeps_terms, take_rows
 from fastce._kernels.medium cimport take_medium_rows
 from fastce._kernels.small cimport SMALL_CLASSES, take_small_rows
@@ -58,6 +61,8 @@ cdef extern from "target.h" nogil:
 
 cnp.import_array()
 watch_forks()
+
+MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
 
 cdef enum:
     IGNORE_INDEX = -100
@@ -180,6 +185,44 @@ cdef void take_task(
         stream_fence()
 
 
+# Rows whose classes are strided: `outer` groups of `inner` neighbouring rows, in blocks of BLOCK_ROWS of them.
+cdef struct Grid:
+    Py_ssize_t outer
+    Py_ssize_t inner
+    Py_ssize_t stride               # bytes from one group's logits to the next, and from one class to the next
+    Py_ssize_t class_stride
+    Py_ssize_t out_stride
+    Py_ssize_t out_class_stride
+    Py_ssize_t thread_bytes
+
+
+cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const floating* like) noexcept nogil:
+    cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
+    cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
+    cdef Py_ssize_t block, n_blocks = blocks * grid.outer
+    num_threads = 1 if is_forked_child() else <int>smaller(num_threads, n_blocks)
+    if num_threads <= 1:
+        for block in range(n_blocks):
+            take_grid_block(batch, grid, <Scratch*>memory, block // blocks, block % blocks * BLOCK_ROWS, like)
+    else:
+        for block in prange(n_blocks, num_threads=num_threads, schedule="dynamic", chunksize=4):
+            take_grid_block(
+                batch, grid, <Scratch*>(memory + threadid() * grid.thread_bytes), block // blocks,
+                block % blocks * BLOCK_ROWS, like,
+            )
+
+
+cdef void take_grid_block(
+    const Batch* batch, const Grid* grid, Scratch* rows, Py_ssize_t group, Py_ssize_t start, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t offset = start * <Py_ssize_t>sizeof(floating)
+    cdef char* out = NULL if batch.out == NULL else batch.out + group * grid.out_stride + offset
+    take_columns(
+        batch, rows, group * grid.inner + start, smaller(BLOCK_ROWS, grid.inner - start),
+        batch.logits + group * grid.stride + offset, grid.class_stride, out, grid.out_class_stride, like,
+    )
+
+
 # Few rows, many classes. The same numbers as take_rows, to the bit: chunks of the same size are summed in the same
 # order. First all chunk sums; then, once S is known, all gradients, from exponentials that were kept or are computed a
 # second time; last the rows that do not fit their windows, whole.
@@ -194,7 +237,7 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
     load_scales(batch, rows, 0, batch.n_rows)
     join_split(batch, &split, rows, like)
     finish_rows(rows, batch.n_rows)
-    memcpy(batch.losses, rows.loss, batch.n_rows * sizeof(double))
+    put_losses(batch, rows, 0, batch.n_rows)
     if batch.out != NULL:
         for task in prange(n_tasks, num_threads=plan.num_threads, schedule="static"):
             write_split(batch, &split, <Scratch*>(plan.memory + threadid() * plan.thread_bytes), rows, task, like)
@@ -221,28 +264,74 @@ def memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, bint wit
 
 def cross_entropy_rows(
     cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales, cnp.ndarray out,
-    cnp.ndarray memory, int num_threads,
+    cnp.ndarray memory, int num_threads, cnp.ndarray weight=None, cnp.ndarray sample_weight=None,
 ):
     """Fill `losses` (N,) float64 and, unless None, `out` (N, C) with d(sum of scale * loss)/d(logits).
 
     `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
-    multiplies each row's gradient, or None for `scale` throughout; `out` may be `logits`; `memory` has as many bytes
-    as memory_needed says.
+    multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes and `sample_weight` (N,)
+    float64, or None, multiply losses and gradients; `out` may be `logits`; `memory` has as many bytes as memory_needed
+    says.
     """
     cdef Batch batch
-    batch.logits = <char*>cnp.PyArray_DATA(logits)
+    fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
+    batch.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
+
+
+def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
+    """Return the bytes of working memory for cross_entropy_columns."""
+    return num_threads * column_bytes(n_classes, itemsize) + 64
+
+
+cdef Py_ssize_t column_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noexcept nogil:
+    # The lanes of the sums are float64, two elements each of float32.
+    return sizeof(Scratch) + (column_terms(n_classes) * itemsize + 63) // 64 * 64
+
+
+def cross_entropy_columns(
+    cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales, cnp.ndarray out,
+    cnp.ndarray memory, int num_threads, cnp.ndarray weight=None, cnp.ndarray sample_weight=None,
+):
+    """Do what cross_entropy_rows does, for `logits` and `out` (G, C, n) of at most SMALL_CLASSES classes.
+
+    The last axis is contiguous; rows are numbered along the first and the last axis.
+    """
+    cdef Batch batch
+    cdef Grid grid
+    fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    grid.outer = cnp.PyArray_DIM(logits, 0)
+    grid.inner = cnp.PyArray_DIM(logits, 2)
+    grid.stride = cnp.PyArray_STRIDE(logits, 0)
+    grid.class_stride = cnp.PyArray_STRIDE(logits, 1)
+    grid.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
+    grid.out_class_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 1)
+    grid.thread_bytes = column_bytes(batch.n_classes, cnp.PyArray_ITEMSIZE(logits))
+    with nogil:
+        if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32:
+            take_grid(&batch, &grid, num_threads, <const float*>NULL)
+        else:
+            take_grid(&batch, &grid, num_threads, <const double*>NULL)
+
+
+cdef void fill_batch(
+    Batch* batch, cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales,
+    cnp.ndarray out, cnp.ndarray memory, cnp.ndarray weight, cnp.ndarray sample_weight,
+):
+    batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.with_grad = out is not None
     batch.out = NULL if out is None else <char*>cnp.PyArray_DATA(out)
-    batch.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.scales = NULL if scales is None else <double*>cnp.PyArray_DATA(scales)
     batch.scale = scale
+    batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
+    batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
     batch.losses = <double*>cnp.PyArray_DATA(losses)
-    batch.n_rows = cnp.PyArray_DIM(logits, 0)
-    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    batch.n_rows = cnp.PyArray_DIM(ids, 0)
     batch.memory = <char*>cnp.PyArray_DATA(memory)
-    take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
 
 
 # The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), no options, the mean. Whatever
@@ -294,6 +383,7 @@ def plain_cross_entropy(logits, targets, out, bint with_grad, Py_ssize_t serial_
         batch.out_stride = batch.logits_stride
         batch.scales = NULL
         batch.scale = 1.0 / n_live
+        batch.weight = batch.sample_weight = NULL
         take_any_batch(&batch, num_threads, kind == cnp.NPY_FLOAT32)
         return pairwise_sum(batch.losses, n_rows) / n_live, out
     finally:
@@ -395,6 +485,26 @@ cdef bint is_bad(int64_t t, Py_ssize_t n_classes, const int64_t* skip, Py_ssize_
         if t == skip[j]:
             return False
     return <uint64_t>t >= <uint64_t>n_classes
+
+
+def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
+    """Return the sum of weight[id] * sample_weight over the rows that are not ignored; None counts as 1."""
+    cdef Batch batch
+    cdef double[256] part
+    cdef double[2] total
+    cdef Py_ssize_t block, start, i, n, n_rows = cnp.PyArray_DIM(ids, 0)
+    total[0] = total[1] = 0.0
+    batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
+    batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
+    batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
+    with nogil:
+        for block in range((n_rows + 255) // 256):
+            start = block * 256
+            n = smaller(256, n_rows - start)
+            for i in range(n):
+                part[i] = 0.0 if batch.ids[start + i] < 0 else weight_of(&batch, start + i)
+            add_chunk(total, pairwise_sum(part, n))
+    return total[0] + total[1]
 
 
 def sum_losses(cnp.ndarray losses):

@@ -14,6 +14,7 @@ from fastce._kernels.block cimport (
     largest_factor,
     load_scales,
     nothing_pending,
+    put_losses,
     scale_terms,
     smallest_factor,
     terms_of,
@@ -69,7 +70,7 @@ cdef inline void take_small_rows(
             if ids[r] < 0:
                 rows.scale[r] = 0.0     # an ignored row's gradient is 0 whatever its factor, nan included
     finish_rows(rows, n)
-    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    put_losses(batch, rows, first, n)
     if batch.out != NULL:
         write_small_rows(
             <floating*>(batch.out + first * batch.out_stride), batch.out_stride, terms, n_classes, ids, n, rows,

@@ -1,0 +1,133 @@
+"""Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images, class axis 1)."""
+
+from libc.stdint cimport int64_t
+
+from fastce._kernels.block cimport (
+    BLOCK_ROWS,
+    Batch,
+    Scratch,
+    finish_rows,
+    is_normal,
+    load_scales,
+    put_losses,
+    scale_terms,
+    terms_of,
+)
+from fastce._kernels.lanes cimport sum_limit
+from fastce._kernels.small cimport SMALL_CLASSES, small_shift, small_sum_low, take_small_row
+from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, run_time_value
+
+cdef enum:
+    COLUMN_LANES = 8        # of small.pxd's sums before they are folded
+
+
+# Elements of working memory: the block's terms, class by class, and float64 lanes of its sums.
+cdef inline Py_ssize_t column_terms(Py_ssize_t n_classes) noexcept nogil:
+    return BLOCK_ROWS * (n_classes + 2 * COLUMN_LANES)
+
+
+# Rows [first, first + n), n <= BLOCK_ROWS: row r's class c lies at x + r + c * stride (bytes), its gradient likewise. The
+# numbers are those of take_small_rows to the bit: the same shift, and lane c % 8 of a row sums its classes in the same
+# order; only that here a vector holds one class of many rows.
+cdef inline void take_columns(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const char* x, Py_ssize_t stride, char* out,
+    Py_ssize_t out_stride, const floating* like,
+) noexcept nogil:
+    cdef floating* terms = <floating*>terms_of(rows)
+    cdef int64_t* ids = batch.ids + first
+    cdef double total
+    cdef Py_ssize_t c, r, t
+    cdef ExpWindow window = exp_window(like, run_time_value(small_shift(like)), 0.0)
+    for c in range(batch.n_classes):
+        exp_column(<const floating*>(x + c * stride), terms + c * BLOCK_ROWS, n, &window)
+    load_scales(batch, rows, first, n)
+    for r in range(n):
+        t = ids[r]
+        rows.shift[r] = window.shift
+        if t < 0:
+            for c in range(batch.n_classes):
+                terms[c * BLOCK_ROWS + r] = 0
+            rows.at_target[r] = small_sum_low(like)
+            rows.z_target[r] = rows.scale[r] = 0.0
+        else:
+            rows.at_target[r] = terms[t * BLOCK_ROWS + r]
+            rows.z_target[r] = (<const floating*>(x + t * stride))[r]
+            terms[t * BLOCK_ROWS + r] = 0
+    sum_columns(terms, batch.n_classes, n, rows)
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        if not small_sum_low(like) <= total < sum_limit(like):
+            take_lone_column(terms + r, batch.n_classes, ids[r], rows, r, x + r * sizeof(floating), stride)
+    finish_rows(rows, n)
+    put_losses(batch, rows, first, n)
+    if out != NULL:
+        write_columns(terms, batch.n_classes, ids, n, rows, out, out_stride)
+
+
+cdef inline void exp_column(const floating* x, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef Py_ssize_t r
+    for r in range(n):
+        terms[r] = exp_shifted(x[r], 0, low, high, magic)
+
+
+cdef inline void sum_columns(floating* terms, Py_ssize_t n_classes, Py_ssize_t n, Scratch* rows) noexcept nogil:
+    cdef double* lanes = <double*>(terms + BLOCK_ROWS * n_classes)
+    cdef double* lane
+    cdef const floating* column
+    cdef Py_ssize_t c, r
+    for r in range(BLOCK_ROWS * COLUMN_LANES):
+        lanes[r] = 0.0
+    for c in range(n_classes):
+        lane = lanes + c % COLUMN_LANES * BLOCK_ROWS
+        column = terms + c * BLOCK_ROWS
+        for r in range(n):
+            lane[r] += column[r]
+    for r in range(n):
+        rows.others[r] = (
+            (lanes[r] + lanes[4 * BLOCK_ROWS + r]) + (lanes[BLOCK_ROWS + r] + lanes[5 * BLOCK_ROWS + r])
+        ) + (
+            (lanes[2 * BLOCK_ROWS + r] + lanes[6 * BLOCK_ROWS + r])
+            + (lanes[3 * BLOCK_ROWS + r] + lanes[7 * BLOCK_ROWS + r])
+        )
+
+
+# A row that leaves the common window goes its own way.
+cdef inline void take_lone_column(
+    floating* terms, Py_ssize_t n_classes, Py_ssize_t t, Scratch* rows, Py_ssize_t r, const char* x, Py_ssize_t stride
+) noexcept nogil:
+    cdef floating[SMALL_CLASSES] row
+    cdef floating[SMALL_CLASSES] row_terms
+    cdef Py_ssize_t c
+    for c in range(n_classes):
+        row[c] = (<const floating*>(x + c * stride))[0]
+    take_small_row(row, row_terms, n_classes, t, rows, r)
+    for c in range(n_classes):
+        terms[c * BLOCK_ROWS] = row_terms[c]
+
+
+cdef inline void write_columns(
+    floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows, char* out,
+    Py_ssize_t out_stride,
+) noexcept nogil:
+    cdef floating* factor = <floating*>rows.partial
+    cdef floating* column
+    cdef double both
+    cdef Py_ssize_t c, r, n_special = 0
+    for r in range(n):
+        both = rows.scale[r] * rows.inverse[r]
+        factor[r] = <floating>both
+        n_special += 0 if is_normal(terms, both) else 1
+    for c in range(n_classes):
+        column = <floating*>(out + c * out_stride)
+        for r in range(n):
+            column[r] = terms[c * BLOCK_ROWS + r] * factor[r]
+    for r in range(n):
+        if n_special and not is_normal(terms, rows.scale[r] * rows.inverse[r]):
+            for c in range(n_classes):
+                column = <floating*>(out + c * out_stride)
+                scale_terms(column + r, terms + c * BLOCK_ROWS + r, 1, rows.scale[r], rows.inverse[r])
+        if ids[r] >= 0:
+            (<floating*>(out + ids[r] * out_stride))[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])

@@ -1,0 +1,201 @@
+"""A call's arguments, checked and turned into numbers: what every loss over rows of logits shares."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastce import _checks, _engine
+from fastce.targets import SparseTargets
+
+AXIS = -1
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Problem:
+    """Rows of logits and their targets, of which exactly one kind is there; arrays over the rows are flat.
+
+    `ids` (N,) int64, -1 in rows that are ignored; `indices` and `values` (N, m); `distribution` of logits' shape.
+    """
+
+    logits: np.ndarray
+    axis: int
+    num_threads: int | None
+    weight: np.ndarray | None = None
+    sample_weight: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    n_live: int = 0
+    indices: np.ndarray | None = None
+    values: np.ndarray | None = None
+    distribution: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    smoothing: float = 0.0
+    logit_scale: float = 1.0
+    cap: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def row_shape(self):
+        return self.logits.shape[: self.axis] + self.logits.shape[self.axis + 1 :]
+
+    @property
+    def n_rows(self):
+        return self.logits.size // self.logits.shape[self.axis]
+
+    @property
+    def loss_dtype(self):
+        return _engine.computing_dtype(self.logits.dtype)
+
+    def live(self):
+        """Return which rows count, a bool array of the rows' shape, or None for all."""
+        live = None
+        if self.ids is not None and self.n_live < self.n_rows:
+            live = self.ids >= 0
+        if self.sample_weight is not None and not self.sample_weight.all():
+            weighted = self.sample_weight != 0
+            live = weighted if live is None else live & weighted
+        return None if live is None else live.reshape(self.row_shape)
+
+    def ids_that_count(self):
+        """Return the ids with -1 also in rows of sample weight 0: kernels then skip them like ignored ones."""
+        if self.sample_weight is None or self.sample_weight.all():
+            return self.ids
+        return np.where(self.sample_weight == 0, -1, self.ids)
+
+    def total_weight(self):
+        """Return what a mean divides by: the weights of the rows that count, of the classes for class ids only."""
+        if self.ids is not None:
+            if self.weight is None and self.sample_weight is None:
+                return float(self.n_live)
+            return _engine.kernels.sum_weights(self.ids, self.weight, self.sample_weight)
+        return float(self.n_rows if self.sample_weight is None else _engine.kernels.sum_losses(self.sample_weight))
+
+    def is_plain(self):
+        """Return whether the kernels for class ids alone will do."""
+        return (
+            self.ids is not None
+            and self.mask is None
+            and self.smoothing == self.cap == self.z_loss == 0.0
+            and self.logit_scale == 1.0
+        )
+
+    def fill(self, losses, scale=1.0, out=None, hess=None, statistics=None):
+        """Fill `losses` (N,) and what else is given: gradient and Hessian times `scale`, a float or one per row."""
+        logits, out, hess = (classes_last(array, self.axis) for array in (self.logits, out, hess))
+        sample_weight = self.sample_weight
+        if self.is_plain() and hess is None and statistics is None:
+            _engine.cross_entropy_rows(
+                logits, self.ids_that_count(), losses, scale, out, self.num_threads, self.weight, sample_weight
+            )
+            return
+        per_row: dict[str, Any] = {
+            "indices": self.indices if self.ids is None else self.ids[:, None],
+            "values": self.values,
+            "sample_weight": sample_weight,
+            "scales": scale,
+        }
+        if statistics is not None:
+            per_row["statistics"] = statistics
+        constants = {"logit_scale": self.logit_scale, "cap": self.cap, "z_loss": self.z_loss, "weight": self.weight}
+        constants["scale"] = 1.0 if isinstance(scale, np.ndarray) else scale
+        distribution = classes_last(self.distribution, self.axis)
+        _engine.soft_rows(
+            logits, losses, out, hess, distribution, self.mask, self.smoothing, per_row, constants, self.num_threads
+        )
+
+
+def pose(
+    logits, targets, axis, num_threads, *, weight=None, sample_weight=None, ignore_index=IGNORE_INDEX,
+    label_smoothing=0.0, logit_scale=1.0, softcap=None, z_loss=0.0, class_mask=None, before_targets=None,
+):
+    """Return the Problem that the arguments pose, or raise; `before_targets` checks what can be told without them."""
+    logits = _checks.as_logits(logits)
+    axis = _checks.as_axis(axis, logits.shape)
+    problem = Problem(logits, axis, _checks.as_num_threads(num_threads))
+    ignored = _checks.as_ignored(ignore_index)
+    problem.weight = _checks.as_class_weight(weight, logits.shape[axis])
+    problem.sample_weight = _checks.as_sample_weight(sample_weight, problem.row_shape)
+    problem.smoothing = _checks.as_fraction("label_smoothing", label_smoothing)
+    problem.logit_scale = _checks.as_positive("logit_scale", logit_scale)
+    problem.cap = _checks.as_softcap(softcap)
+    problem.z_loss = _checks.as_non_negative("z_loss", z_loss)
+    problem.mask = _checks.as_class_mask(class_mask, logits.shape, axis)
+    if before_targets is not None:
+        before_targets(problem)
+    _take_targets(problem, targets, ignore_index, ignored)
+    live = problem.live() if problem.mask is not None or problem.distribution is not None else None
+    if problem.mask is not None:
+        _checks.check_classes_left(problem.mask, live)
+    if problem.distribution is not None:
+        _checks.check_distribution(problem.distribution, axis, live)
+    return problem
+
+
+def _take_targets(problem, targets, ignore_index, ignored):
+    shape = problem.logits.shape
+    if isinstance(targets, SparseTargets):
+        _checks.check_no_ignore(ignore_index, IGNORE_INDEX)
+        problem.indices, problem.values = _checks.as_sparse_targets(targets, shape, problem.axis)
+        return
+    array = _checks.as_plain_array("targets", targets)
+    if _checks.is_distribution(targets, array, shape):
+        _checks.check_no_ignore(ignore_index, IGNORE_INDEX)
+        problem.distribution = array
+        return
+    problem.ids, problem.n_live = _checks.as_class_ids(targets, shape, problem.axis, ignored)
+
+
+def classes_last(array, axis):
+    """Return a plain view of `array` (or None for None) with its class axis last."""
+    if array is None:
+        return None
+    if type(array) is not np.ndarray:
+        array = array.view(np.ndarray)
+    return array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1)
+
+
+def given_arrays(**arguments):
+    """Return (name, array) pairs of what `out` must not overlap; class ids are copied first and do not count."""
+    pairs = []
+    for name, value in arguments.items():
+        if isinstance(value, SparseTargets):
+            pairs += [(f"{name}.indices", value.indices), (f"{name}.values", value.values)]
+        elif not (name == "targets" and isinstance(value, np.ndarray) and value.dtype.kind in "iu"):
+            pairs.append((name, value))
+    return pairs
+
+
+def gradient_array(problem, out):
+    """Return `out`, or a new array for a gradient."""
+    return np.empty(problem.logits.shape, problem.logits.dtype.newbyteorder("=")) if out is None else out
+
+
+def deliver(problem, reduction, divisor, scale, losses, loss, out=None, hess=None):
+    """Fill what is asked for and return the loss: each row's in the array `loss`, their sum, or their mean.
+
+    The mean of nothing, whose `divisor` is 0, is nan and has the gradient 0, whatever its rows hold.
+    """
+    if reduction == "mean" and divisor == 0.0:
+        for array in (out, hess):
+            if array is not None:
+                array[...] = 0
+        return float("nan")
+    problem.fill(losses, scale / divisor if reduction == "mean" else scale, out, hess)
+    return reduce_losses(losses, reduction, divisor, loss)
+
+
+def reduce_losses(losses, reduction, divisor, loss):
+    """Return the rows' losses in the array `loss`, their sum, or their sum by `divisor`."""
+    if reduction == "none":
+        with np.errstate(over="ignore", under="ignore"):
+            np.copyto(loss, losses.reshape(loss.shape), casting="same_kind")
+        return loss
+    total = _engine.kernels.sum_losses(losses)
+    return total / divisor if reduction == "mean" else total
+
+
+def loss_arrays(problem, reduction):
+    """Return (float64 array for the rows' losses, array to return them in or None)."""
+    loss = np.empty(problem.row_shape, problem.loss_dtype) if reduction == "none" else None
+    return np.empty(problem.n_rows), loss

@@ -1,0 +1,215 @@
+"""Kullback-Leibler divergence of a softmax from given distributions, or from the softmax of other logits."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fastce import _checks, _engine
+from fastce._problem import AXIS, Problem, classes_last, given_arrays, gradient_array, loss_arrays, pose, reduce_losses
+
+__all__ = ["kl_divergence", "kl_divergence_with_grad"]
+
+
+def kl_divergence(
+    logits,
+    targets,
+    *,
+    axis=AXIS,
+    from_logits=False,
+    sample_weight=None,
+    reduction="mean",
+    denominator=None,
+    num_threads=None,
+):
+    r"""Kullback-Leibler divergence :math:`\sum_c q_c \log (q_c / p_c)` of the targets q from p = softmax(logits), in nats.
+
+    This is cross-entropy less the entropy of the targets: what a model could still gain. It differs from cross-entropy
+    by a constant of the logits, so the gradients are the same.
+
+    Parameters
+    ----------
+    logits : array_like of float, shape (..., C, ...)
+        As in :func:`cross_entropy`.
+    targets : array_like of float, shape of `logits`
+        Distributions, finite and >= 0, whose sum need not be 1; with `from_logits` the logits whose softmax they are
+        (a teacher's, for distillation).
+    axis : int, default -1
+        The class axis of both.
+    from_logits : bool, default False
+        Whether `targets` are logits.
+    sample_weight : array_like of float, the rows' shape, optional
+        As in :func:`cross_entropy`.
+    reduction, denominator, num_threads
+        As in :func:`cross_entropy`; a mean divides by the sum of `sample_weight`, or by the number of rows.
+
+    Returns
+    -------
+    float or ndarray
+        As in :func:`cross_entropy`. Never negative for rows that sum to 1 or come from logits. A class with q = 0
+        counts 0; q > 0 where p = 0 gives inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`cross_entropy`.
+
+    Notes
+    -----
+    With :math:`\delta_c = \log p_c - \log q_c` the sum is computed as
+    :math:`\sum_{q_c > 0} q_c (e^{\delta_c} - 1 - \delta_c) + \sum_{q_c = 0} p_c + \sum_c q_c - 1`, in float64: no term of
+    the first two sums is negative, so that a small divergence keeps its digits. Kullback and Leibler, "On information
+    and sufficiency" (1951).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastce
+    >>> logits = np.array([2.0, 0.0, 0.0])
+    >>> print(f"{fastce.kl_divergence(logits, np.array([0.8, 0.1, 0.1])):.6f}")
+    0.000513
+    >>> fastce.kl_divergence(logits, logits + 5.0, from_logits=True)
+    0.0
+    """
+    return _divergence(logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads)[0]
+
+
+def kl_divergence_with_grad(
+    logits,
+    targets,
+    *,
+    axis=AXIS,
+    from_logits=False,
+    sample_weight=None,
+    reduction="mean",
+    denominator=None,
+    num_threads=None,
+    grad_output=None,
+    out=None,
+):
+    r"""Kullback-Leibler divergence, and its gradient :math:`p_c \sum_k q_k - q_c` with respect to the logits.
+
+    Parameters
+    ----------
+    logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads
+        As in :func:`kl_divergence`.
+    grad_output, out
+        As in :func:`cross_entropy_with_grad`.
+
+    Returns
+    -------
+    loss : float or ndarray
+        As in :func:`kl_divergence`.
+    grad : ndarray
+        As in :func:`cross_entropy_with_grad`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`cross_entropy_with_grad`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastce
+    >>> loss, grad = fastce.kl_divergence_with_grad(np.array([2.0, 0.0, 0.0]), np.array([0.8, 0.1, 0.1]))
+    >>> grad.round(6)
+    array([-0.013014,  0.006507,  0.006507])
+    """
+    return _divergence(
+        logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads, grad_output, out,
+        with_grad=True,
+    )
+
+
+def _divergence(
+    logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads, grad_output=None, out=None,
+    *, with_grad=False,
+):
+    _checks.check_reduction(reduction)
+    from_logits = _checks.as_bool("from_logits", from_logits)
+    divisor = _checks.as_denominator(denominator, reduction)
+    problem = _pose(logits, targets, axis, from_logits, sample_weight, num_threads)
+    scale = _checks.as_grad_output(grad_output, reduction, problem.row_shape)
+    if out is not None:
+        given = given_arrays(
+            logits=problem.logits, grad_output=grad_output, targets=problem.distribution, sample_weight=sample_weight
+        )
+        _checks.check_out(out, problem.logits, given)
+    if divisor is None and reduction == "mean":
+        divisor = problem.total_weight()
+    losses, loss = loss_arrays(problem, reduction)
+    grad = gradient_array(problem, out) if with_grad else None
+    if reduction == "mean":
+        if divisor == 0.0:
+            if with_grad:
+                grad[...] = 0
+            return float("nan"), grad
+        scale = scale / divisor
+    _fill(problem, from_logits, losses, scale, grad)
+    return reduce_losses(losses, reduction, divisor, loss), grad
+
+
+def _pose(logits, targets, axis, from_logits, sample_weight, num_threads):
+    if not from_logits:
+        problem = pose(logits, targets, axis, num_threads, sample_weight=sample_weight, ignore_index=None)
+        if problem.distribution is None:
+            raise TypeError("targets must be distributions, floats of the shape of logits; for class ids see cross_entropy")
+        return problem
+    logits = _checks.as_logits(logits)
+    problem = Problem(logits, _checks.as_axis(axis, logits.shape), _checks.as_num_threads(num_threads))
+    problem.sample_weight = _checks.as_sample_weight(sample_weight, problem.row_shape)
+    problem.distribution = _checks.as_logits(targets, "targets")
+    if problem.distribution.shape != logits.shape:
+        raise ValueError(
+            f"targets must have the shape of logits, {logits.shape}, got {problem.distribution.shape}"
+        )
+    return problem
+
+
+def _fill(problem, from_logits, losses, scale, grad):
+    """Fill `losses` (N,) and, unless it is None, `grad`, block by block: targets from logits are never whole in memory."""
+    logits, targets, grad = (classes_last(array, problem.axis) for array in (problem.logits, problem.distribution, grad))
+    step = max(1, _engine.BUFFER_ELEMENTS // logits.shape[-1])
+    for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):
+        part = slice(first, stop)
+        weight = None if problem.sample_weight is None else problem.sample_weight[part]
+        log_p = _log_softmax(logits[index], problem.num_threads)
+        log_q = _log_softmax(targets[index], problem.num_threads) if from_logits else None
+        divergences = _divergences(log_p, log_q, targets[index])
+        if weight is not None:
+            divergences = np.where(weight == 0, 0.0, divergences * weight)
+        if grad is not None:
+            block = replace(
+                problem, logits=logits[index], axis=logits[index].ndim - 1, sample_weight=weight,
+                distribution=targets[index] if log_q is None else np.exp(log_q),
+            )
+            block.fill(losses[part], scale[part] if isinstance(scale, np.ndarray) else scale, grad[index])
+        losses[part] = divergences
+
+
+def _log_softmax(logits, num_threads):
+    """Return log_softmax of a block in float64."""
+    logits = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        _engine.activation_rows(logits, logits, None, True, num_threads)
+    return logits
+
+
+def _divergences(log_p, log_q, targets):
+    """Return each row's divergence (flat): of exp(log_q), or of the distributions `targets` where `log_q` is None."""
+    q = targets.astype(np.float64) if log_q is None else np.exp(log_q)
+    with np.errstate(all="ignore"):
+        delta = log_p - (np.log(q) if log_q is None else log_q)
+        terms = np.where(q > 0, q * _excess(delta), np.exp(log_p))
+        # Distributions from logits sum to 1 by their making, others to what they do.
+        surplus = 0.0 if log_q is not None else q.sum(axis=-1) - 1.0
+        terms = np.where(np.isnan(q) | np.isnan(log_p), np.nan, terms)
+        return (terms.sum(axis=-1) + surplus).reshape(-1)
+
+
+def _excess(delta):
+    """Return e^delta - 1 - delta, by its series where that would cancel (12 terms: below 2^-60 for |delta| <= 0.5)."""
+    series = np.ones_like(delta)
+    for k in range(14, 2, -1):
+        series = 1.0 + series * delta / k
+    return np.where(np.abs(delta) <= 0.5, 0.5 * delta * delta * series, np.expm1(delta) - delta)
