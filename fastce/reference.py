@@ -356,7 +356,11 @@ class CrossEntropyStats(NamedTuple):
 def cross_entropy_stats(
     logits, targets, *, axis=-1, ignore_index=-100, logit_scale=1.0, softcap=None, class_mask=None, num_threads=None
 ):  # fmt: skip
-    """Per-row loss, lse, predicted class, whether it is right, p of the target, and the entropy of p in nats."""
+    """Loss, lse, predicted class, whether it is right, p of the target and entropy of each row, in nats.
+
+    An ignored row has the loss 0, the prediction -1 and nan elsewhere; one without a softmax has the loss nan too. For
+    distributions, right is the class of the largest mass, and p of the target is sum q p.
+    """
     batch = _Batch(logits, axis, targets, ignore_index=ignore_index, class_mask=class_mask)
     n = batch.n_rows
     loss, predicted, correct = np.zeros(n), np.full(n, -1, np.int64), np.zeros(n, bool)
