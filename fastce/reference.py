@@ -136,7 +136,7 @@ def focal_loss_with_grad(
 
 
 def _focal(p, one_minus_p, minus_log_p, gamma):
-    """Return f and -p f' = (1-p)^gamma + gamma p (1-p)^(gamma-1) (-log p), where (-log p)/(1-p) -> 1 for p -> 1."""
+    """Return f and -p f' = (1-p)^gamma (1 + gamma ratio), ratio = p (-log p) / (1-p), which is 1 where p is 1."""
     damping = one_minus_p**gamma
     ratio = np.where(one_minus_p > 0, _product(p, minus_log_p) / one_minus_p, 1.0)
     return damping * minus_log_p, damping * (1 + gamma * ratio)

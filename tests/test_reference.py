@@ -596,6 +596,16 @@ def test_probabilities_of_zero_and_one():
     )
 
 
+def test_a_certain_row_has_no_loss_and_no_gradient():
+    for row in ([1000.0, 0.0], [5.0, -INF], [7.0]):
+        for gamma in (0, 0.5, 1, 2):
+            loss, grad = reference.focal_loss_with_grad(np.array(row), 0, gamma=gamma)
+            assert loss == 0 and not grad.any() and not np.isnan(grad).any()
+        for function in (reference.cross_entropy_with_grad_hess, reference.poly_loss_with_grad):
+            for result in function(np.array(row), 0):
+                assert not np.any(result)
+
+
 # Shapes, dtypes, buffers
 
 
