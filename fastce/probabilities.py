@@ -283,9 +283,9 @@ def _tiles(probs, index, first, live):
 
 
 def _float64_rows(block, live):
-    """Return the live rows of `block` (..., m) as aligned float64 (n, m); the others are not read."""
+    """Return the live rows of `block` (..., m) as float64 (n, m) in C order; the others are not read."""
     rows = block if live.all() else block[live.reshape(block.shape[:-1])]
-    return np.require(rows, np.float64, ["C", "A"]).reshape(-1, block.shape[-1])
+    return np.ascontiguousarray(rows, np.float64).reshape(-1, block.shape[-1])
 
 
 def _log_of_target(tiles, t):
