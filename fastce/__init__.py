@@ -8,6 +8,7 @@ from fastce.divergence import kl_divergence, kl_divergence_with_grad
 from fastce.focal import focal_loss, focal_loss_with_grad
 from fastce.losses import cross_entropy, cross_entropy_with_grad, cross_entropy_with_grad_hess
 from fastce.poly import poly_loss, poly_loss_with_grad
+from fastce.probabilities import binary_cross_entropy_from_probs, cross_entropy_from_probs
 from fastce.statistics import CrossEntropyStats, cross_entropy_stats
 from fastce.targets import SparseTargets
 
@@ -15,8 +16,10 @@ __all__ = [
     "CrossEntropyStats",
     "SparseTargets",
     "__version__",
+    "binary_cross_entropy_from_probs",
     "build_info",
     "cross_entropy",
+    "cross_entropy_from_probs",
     "cross_entropy_stats",
     "cross_entropy_with_grad",
     "cross_entropy_with_grad_hess",

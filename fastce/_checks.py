@@ -40,7 +40,7 @@ def as_plain_array(name, value):
         if np.ma.is_masked(value):
             raise TypeError(
                 f"{name} must not be a masked array with masked entries: a mask would be lost; "
-                "fill masked logits with -inf, or ignore rows with ignore_index"
+                "fill them (masked scores with -inf), and leave rows out with ignore_index or sample_weight 0"
             )
         value = value.data
     try:
@@ -446,3 +446,134 @@ def as_sparse_targets(targets, logits_shape, axis):
     ids, _ = as_indices("targets.indices", indices, indices.shape, logits_shape[axis], np.empty(0, np.int64))
     n_entries = indices.shape[-1]
     return ids.reshape(-1, n_entries), numbers.reshape(-1, n_entries)
+
+
+# ---- probabilities ----------------------------------------------------------------------------------------------
+
+# The relative spacing of every dtype that probabilities and distributions may have.
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+FLOATING = "float16, bfloat16, float32 or float64"
+
+
+def as_probs(probs):
+    """Return `probs` as a plain array of a dtype in EPSILON, of any shape."""
+    array = as_plain_array("probs", probs)
+    if array.dtype.name not in EPSILON:
+        raise TypeError(f"probs must be a {FLOATING} array, got {array.dtype}; convert with .astype(np.float32)")
+    return array
+
+
+def as_real_array(name, value):
+    """Return `value` as an array of real numbers, of any dtype that has them."""
+    array = as_plain_array(name, value)
+    if array.dtype.kind not in "iuf" and array.dtype.name not in EPSILON:
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    return array
+
+
+def as_probs_axis(axis, shape):
+    """Return the class axis of `probs` as a non-negative int."""
+    if not shape:
+        raise ValueError("probs must have at least one axis, the class axis; got a 0-d array")
+    return about_probs(as_axis, axis, shape)
+
+
+def as_probs_targets(targets, shape, axis, ignore_index):
+    """Return (class ids as of :func:`as_class_ids`, None) or (None, distributions, an array of the shape of probs)."""
+    array = as_plain_array("targets", targets)
+    ignored = as_ignored(ignore_index)
+    row_shape = shape[:axis] + shape[axis + 1 :]
+    if array.shape == row_shape or not (array.dtype.kind == "f" or array.dtype.name in EPSILON):
+        ids, _ = about_probs(as_class_ids, targets, shape, axis, ignored)
+        return ids, None
+    if array.shape != shape:
+        raise ValueError(
+            f"targets must be class ids of shape {row_shape} or distributions of the shape of probs, {shape}, "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    if array.dtype.name not in EPSILON:
+        raise TypeError(f"targets: distributions must be a {FLOATING} array, got {array.dtype}")
+    if ignored.tolist() not in ([], [-100]):
+        raise ValueError(
+            f"ignore_index goes only with class ids, got {ignore_index!r} with distributions; "
+            "leave rows out with sample_weight 0"
+        )
+    return None, array
+
+
+def about_probs(check, *arguments):
+    """Call a check that was written for logits; its messages then speak of probs."""
+    try:
+        return check(*arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("logits", "probs")) from None
+
+
+def as_binary_targets(targets, shape):
+    """Return the binary targets, bool, integer or floating, as a view that has the shape of probs."""
+    array = as_plain_array("targets", targets)
+    if array.dtype.kind not in "biu" and array.dtype.name not in EPSILON:
+        raise TypeError(f"targets must be a bool, integer, {FLOATING} array, got {array.dtype}")
+    return as_broadcast("targets", array, shape)
+
+
+def as_binary_sample_weight(sample_weight, shape):
+    """Return the weights of the entries as a view that has the shape of probs, or None."""
+    if sample_weight is None:
+        return None
+    return as_broadcast("sample_weight", as_real_array("sample_weight", sample_weight), shape)
+
+
+def as_broadcast(name, array, shape):
+    """Return a view of `array` that has the shape of probs."""
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to the shape of probs, {shape}, got {array.shape}") from None
+
+
+def places(shape, first, live, word):
+    """Return the function that names the i-th live row of a block, whose rows are `first` and on of a batch."""
+
+    def place(i):
+        row = first + int(np.flatnonzero(live)[i])
+        position = ", ".join(str(int(index)) for index in np.unravel_index(row, shape)) if shape else ""
+        return f"{word} [{position}]" if shape else f"the only {word}"
+
+    return place
+
+
+def check_finite(name, values, place):
+    """Raise unless all `values` (n,) are finite."""
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ValueError(f"{name} must be finite, got {values[bad][0]} in {place(bad.argmax())}")
+
+
+def check_unit_interval(name, values, place, remedy):
+    """Raise unless all `values` (n, m) are in [0, 1]; `remedy` is what to do about a finite one that is not."""
+    if values.size == 0 or (values.min() >= 0 and values.max() <= 1):  # a nan fails both
+        return
+    row, column = np.argwhere(~((values >= 0) & (values <= 1)))[0]
+    value = values[row, column]
+    advice = f"; {remedy}" if math.isfinite(value) else ""
+    raise ValueError(f"{name} must be finite and within [0, 1], got {value:.9g} in {place(row)}{advice}")
+
+
+def check_sum_to_one(totals, tolerance, place):
+    """Raise unless the sums (n,) of rows of probabilities are 1 within `tolerance`."""
+    off = np.abs(totals - 1.0) > tolerance
+    if off.any():
+        raise ValueError(
+            f"probs must sum to 1 within {tolerance:.2g} along the class axis, got {totals[off][0]:.9g} "
+            f"in {place(off.argmax())}; divide by the sum (nothing is renormalised here), or for logits call "
+            "cross_entropy"
+        )
+
+
+def check_distributions(q, place):
+    """Raise unless all of `q` (n, m) is finite and >= 0."""
+    if q.size == 0 or (q.min() >= 0 and q.max() < math.inf):
+        return
+    row, column = np.argwhere(~((q >= 0) & (q < math.inf)))[0]
+    raise ValueError(f"targets: distributions must be finite and >= 0, got {q[row, column]:.9g} in {place(row)}")

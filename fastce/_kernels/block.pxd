@@ -150,7 +150,7 @@ cdef inline void scale_terms(
     cdef floating single = <floating>factor
     cdef double power, rest
     cdef Py_ssize_t j
-    if is_normal(out, factor):
+    if is_normal(out, scale, inverse):
         for j in range(n):
             out[j] = terms[j] * single
     elif floating is float:
@@ -172,7 +172,7 @@ cdef inline void begin_row(
 ) noexcept nogil:
     cdef Py_ssize_t head = 0
     pending.factor = rows.scale[r] * rows.inverse[r]
-    if not is_normal(out, pending.factor):
+    if not is_normal(out, rows.scale[r], rows.inverse[r]):
         head = n
     elif stream:
         head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
@@ -241,9 +241,9 @@ cdef inline void pull_target(
     out[batch.ids[first + r]] = <floating>(0.0 - miss_of(rows.others[r], rows.at_target[r]) * rows.scale[r])
 
 
-# Whether `factor` is 0, nan or a normal number of the dtype, with room to spare.
-cdef inline bint is_normal(const floating* like, double factor) noexcept nogil:
-    cdef double magnitude = 1.0 if factor == 0.0 else fabs(factor)
+# Whether scale * inverse is nan or a normal number of the dtype, with room to spare, or 0 because `scale` is.
+cdef inline bint is_normal(const floating* like, double scale, double inverse) noexcept nogil:
+    cdef double magnitude = 1.0 if scale == 0.0 else fabs(scale * inverse)
     return not (magnitude < smallest_factor(like) or magnitude > largest_factor(like))
 
 

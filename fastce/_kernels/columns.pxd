@@ -119,13 +119,13 @@ cdef inline void write_columns(
     for r in range(n):
         both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
-        n_special += 0 if is_normal(terms, both) else 1
+        n_special += 0 if is_normal(terms, rows.scale[r], rows.inverse[r]) else 1
     for c in range(n_classes):
         column = <floating*>(out + c * out_stride)
         for r in range(n):
             column[r] = terms[c * BLOCK_ROWS + r] * factor[r]
     for r in range(n):
-        if n_special and not is_normal(terms, rows.scale[r] * rows.inverse[r]):
+        if n_special and not is_normal(terms, rows.scale[r], rows.inverse[r]):
             for c in range(n_classes):
                 column = <floating*>(out + c * out_stride)
                 scale_terms(column + r, terms + c * BLOCK_ROWS + r, 1, rows.scale[r], rows.inverse[r])

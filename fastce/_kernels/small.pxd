@@ -143,7 +143,7 @@ cdef inline void write_small_rows(
     for r in range(n):
         both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
-        magnitude = 1.0 if both == 0.0 else fabs(both)
+        magnitude = 1.0 if rows.scale[r] == 0.0 else fabs(both)
         n_special += 1 if magnitude < smallest_factor(out) else 0
         n_special += 1 if magnitude > largest_factor(out) else 0
         pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
