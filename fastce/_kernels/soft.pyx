@@ -24,6 +24,22 @@ from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
 from fastce._kernels.block cimport BLOCK_ROWS, Scratch, finish_rows, is_normal, miss_of, put_row
+from fastce._kernels.general cimport (
+    GRADIENT,
+    LOG_SOFTMAX,
+    SOFTMAX,
+    Batch,
+    Own,
+    below,
+    entry,
+    entry_mass,
+    has_base_alone,
+    has_dense_mass,
+    is_skipped,
+    larger_of,
+    mask_of,
+    settle,
+)
 from fastce._kernels.lanes cimport (
     CHUNK,
     LANES,
@@ -38,7 +54,8 @@ from fastce._kernels.lanes cimport (
     smaller,
     total_of,
 )
-from fastce._kernels.staged cimport Transform, padded, stage_logits
+from fastce._kernels.staged cimport is_identity, padded, stage_logits
+from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
 from fastce._kernels.vexp cimport (
     ExpWindow,
     bits_of_double,
@@ -65,65 +82,6 @@ cdef enum:
     TASKS_PER_THREAD = 8
     GIL_ELEMENTS = 2048     # batches below keep the GIL
 
-    # What is written for a row.
-    GRADIENT = 0
-    SOFTMAX = 1
-    LOG_SOFTMAX = 2
-
-
-# One call's batch. Rows of logits, distribution, out and hess lie contiguous; a NULL means that there is none.
-cdef struct Batch:
-    Py_ssize_t n_rows
-    Py_ssize_t n_classes
-    char* logits
-    Py_ssize_t logits_stride
-    Transform transform
-    char* distribution      # dense targets, in the logits' dtype
-    Py_ssize_t distribution_stride
-    int64_t* indices        # (N, n_entries) targets by index; -1 in the first: the row is not looked at
-    double* values          # (N, n_entries); NULL: all 1
-    Py_ssize_t n_entries
-    double* weight          # of the classes
-    double* sample_weight
-    double certain          # 1 - label_smoothing, the part of the target that stays where it is
-    double smoothing        # label_smoothing, the part that is spread over the classes
-    char* base              # (C,) smoothing/K * weight, one for all rows; NULL without smoothing or where K is the row's
-    double base_mass
-    double z_loss
-    double scale            # of all gradients
-    double* scales          # of each row's gradient
-    double* losses
-    int kind
-    char* out
-    Py_ssize_t out_stride
-    char* hess
-    Py_ssize_t hess_stride
-    double* lse
-    double* probability
-    double* entropy
-    int64_t* predicted
-    uint8_t* correct
-    char* memory
-
-
-# One thread's working memory, followed by the pieces. What finish_rows needs is in `rows`, by the largest logit instead
-# of the target's: rows.loss is log(S/e_m).
-cdef struct Own:
-    Scratch rows
-    double[BLOCK_ROWS] maximum
-    double[BLOCK_ROWS] mass             # A
-    double[BLOCK_ROWS] mass_at_maximum  # a_m
-    double[BLOCK_ROWS] linear           # sum a_c (z_m - z_c)
-    double[BLOCK_ROWS] spread           # sum e_c (z_m - z_c)
-    double[BLOCK_ROWS] hit              # sum of e_c by the target's own, unweighted mass
-    double[BLOCK_ROWS] largest_mass
-    double[BLOCK_ROWS] factor           # of the row's gradient
-    double[BLOCK_ROWS] infinite         # the log-sum-exp where the largest logit is infinite
-    Py_ssize_t[BLOCK_ROWS] argmax       # -1: the row is not looked at
-    Py_ssize_t[BLOCK_ROWS] n_shown      # classes that exist, where there is no base
-    ExpWindow[BLOCK_ROWS] window
-    double[LANES] slack
-
 
 # The pieces of a block of rows (or of one chunk of a long row): pointers into the memory behind Own.
 cdef struct Pieces:
@@ -139,17 +97,15 @@ cdef struct Pieces:
 
 cdef inline floating piece_maximum(const floating* z, Py_ssize_t n) noexcept nogil:
     cdef floating[4 * LANES] largest
-    cdef Py_ssize_t i, lane, many = n - n % (4 * LANES)
+    cdef Py_ssize_t i, lane
     for lane in range(4 * LANES):
         largest[lane] = -INFINITY
-    for i in range(many // (4 * LANES)):
+    for i in range(n // (4 * LANES)):
         for lane in range(4 * LANES):
             largest[lane] = z[lane] if z[lane] > largest[lane] else largest[lane]
         z += 4 * LANES
-    for i in range((n - many) // LANES):
-        for lane in range(LANES):
-            largest[lane] = z[lane] if z[lane] > largest[lane] else largest[lane]
-        z += LANES
+    for i in range(n % (4 * LANES)):
+        largest[i] = z[i] if z[i] > largest[i] else largest[i]
     for lane in range(2 * LANES):
         largest[lane] = largest[lane] if largest[lane] > largest[lane + 2 * LANES] else largest[lane + 2 * LANES]
     for lane in range(LANES):
@@ -164,39 +120,45 @@ cdef inline floating piece_maximum(const floating* z, Py_ssize_t n) noexcept nog
 
 
 cdef inline Py_ssize_t first_index_of(const floating* z, floating value, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, lane
+    cdef Py_ssize_t i, lane, start = 0
     cdef int hits
-    for i in range(n // LANES):
+    for i in range(n // SUM_BLOCK):
         hits = 0
-        for lane in range(LANES):
-            hits |= z[i * LANES + lane] == value
+        for lane in range(SUM_BLOCK):
+            hits += 1 if z[i * SUM_BLOCK + lane] == value else 0
         if hits:
-            for lane in range(LANES):
-                if z[i * LANES + lane] == value:
-                    return i * LANES + lane
+            break
+        start += SUM_BLOCK
+    for i in range(start, n):
+        if z[i] == value:
+            return i
     return 0
 
 
-cdef inline void add_vectors(const floating* t, Py_ssize_t n, Sum* sums) noexcept nogil:
+# The last block of a sum, n < SUM_BLOCK terms in `rest`, and the sum itself.
+cdef inline double end_sum(floating* rest, Py_ssize_t n, Sum* sums) noexcept nogil:
     cdef Py_ssize_t i, lane
-    for i in range(n // LANES):
+    for i in range(n, padded(n)):
+        rest[i] = 0
+    for i in range(padded(n) // LANES):
         for lane in range(LANES):
-            sums.total[lane] += t[i * LANES + lane]
+            sums.total[lane] += rest[i * LANES + lane]
+    # An infinite sum has no rounding errors to carry.
+    for lane in range(LANES):
+        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
+    return total_of(sums)
 
 
 cdef inline double sum_piece(const floating* t, Py_ssize_t n) noexcept nogil:
+    cdef floating[SUM_BLOCK] rest
     cdef Py_ssize_t i, many = n - n % SUM_BLOCK
     cdef Sum sums
     clear(&sums)
     for i in range(many // SUM_BLOCK):
         add_block(t + i * SUM_BLOCK, &sums)
-    add_vectors(t + many, n - many, &sums)
-    return total_of(&sums)
-
-
-# a * (top - z), where a = 0 beats an infinite difference.
-cdef inline floating below(floating a, floating top, floating z) noexcept nogil:
-    return a * (top - z) if a != 0 else 0
+    for i in range(n - many):
+        rest[i] = t[many + i]
+    return end_sum(rest, n - many, &sums)
 
 
 # sum of a_c * (z_m - z_c).
@@ -209,12 +171,20 @@ cdef inline double sum_below(const floating* a, const floating* z, floating top,
         for lane in range(SUM_BLOCK):
             products[lane] = below(a[i * SUM_BLOCK + lane], top, z[i * SUM_BLOCK + lane])
         add_block(products, &sums)
-    for i in range(many, n):
-        products[i - many] = below(a[i], top, z[i])
-    add_vectors(products, n - many, &sums)
-    for lane in range(LANES):
-        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
-    return total_of(&sums)
+    for i in range(n - many):
+        products[i] = below(a[many + i], top, z[many + i])
+    return end_sum(products, n - many, &sums)
+
+
+# The same where the difference may overflow: element by element, by halves, the rounding errors carried along.
+cdef inline double sum_far_below(const floating* a, const floating* z, double top, Py_ssize_t n) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        if a[i] != 0:
+            add_chunk(total, 2.0 * (a[i] * (0.5 * top - 0.5 * z[i])))
+    return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
 cdef inline double sum_products(const floating* a, const floating* b, Py_ssize_t n) noexcept nogil:
@@ -226,10 +196,9 @@ cdef inline double sum_products(const floating* a, const floating* b, Py_ssize_t
         for lane in range(SUM_BLOCK):
             products[lane] = a[i * SUM_BLOCK + lane] * b[i * SUM_BLOCK + lane]
         add_block(products, &sums)
-    for i in range(many, n):
-        products[i - many] = a[i] * b[i]
-    add_vectors(products, n - many, &sums)
-    return total_of(&sums)
+    for i in range(n - many):
+        products[i] = a[many + i] * b[many + i]
+    return end_sum(products, n - many, &sums)
 
 
 cdef inline void exp_piece(const floating* z, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
@@ -242,35 +211,13 @@ cdef inline void exp_piece(const floating* z, floating* terms, Py_ssize_t n, con
         terms[i] = exp_shifted(z[i], offset, low, high, magic)
 
 
+cdef inline bint is_distribution_alone(const Batch* batch) noexcept nogil:
+    return batch.distribution != NULL and batch.smoothing == 0.0 and batch.weight == NULL
+
+
 # ---- one row, first time -------------------------------------------------------------------------------------------
 
-cdef inline const uint8_t* mask_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
-    return NULL if batch.transform.mask == NULL else batch.transform.mask + row * batch.transform.mask_stride
-
-
-cdef inline bint is_skipped(const Batch* batch, Py_ssize_t row) noexcept nogil:
-    if batch.indices != NULL and batch.n_entries > 0 and batch.indices[row * batch.n_entries] < 0:
-        return True
-    return batch.sample_weight != NULL and batch.sample_weight[row] == 0.0
-
-
-cdef inline bint has_dense_mass(const Batch* batch) noexcept nogil:
-    return batch.distribution != NULL or batch.smoothing != 0.0
-
-
-cdef inline bint has_base_alone(const Batch* batch) noexcept nogil:
-    return batch.distribution == NULL and batch.base != NULL
-
-
-# The entry's weighted mass, and where it is.
-cdef inline double entry(const Batch* batch, Py_ssize_t row, Py_ssize_t i, Py_ssize_t* index) noexcept nogil:
-    cdef Py_ssize_t place = row * batch.n_entries + i
-    cdef double mass = batch.certain if batch.values == NULL else batch.certain * batch.values[place]
-    index[0] = batch.indices[place]
-    return mass if batch.weight == NULL else mass * batch.weight[index[0]]
-
-
-# The dense mass of a chunk, padded with 0; `n_shown` classes share the smoothing.
+# The dense mass of a chunk; `n_shown` classes share the smoothing.
 cdef inline const floating* stage_mass(
     const Batch* batch, Py_ssize_t row, Py_ssize_t start, Py_ssize_t n, Py_ssize_t n_shown, floating* mass,
     const floating* like,
@@ -281,8 +228,8 @@ cdef inline const floating* stage_mass(
     cdef Py_ssize_t i
     if has_base_alone(batch):
         return base + start
-    for i in range(n - n % LANES, padded(n)):
-        mass[i] = 0
+    if is_distribution_alone(batch):
+        return <const floating*>(batch.distribution + row * batch.distribution_stride) + start
     if batch.distribution == NULL:
         for i in range(n):
             mass[i] = 0
@@ -306,16 +253,22 @@ cdef inline const floating* stage_mass(
     return mass
 
 
-cdef inline void stage(
-    const Batch* batch, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start, Py_ssize_t n,
+# The logits of a chunk: where they lie, or transformed into a piece of their own if `fresh`, else where they were put.
+cdef inline const floating* stage(
+    const Batch* batch, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start, Py_ssize_t n, bint fresh,
     const floating* like,
 ) noexcept nogil:
     cdef const uint8_t* mask = mask_of(batch, row)
+    cdef const floating* x = <const floating*>(batch.logits + row * batch.logits_stride) + start
     cdef Py_ssize_t place = r * pieces.width + start // CHUNK * pieces.step
-    stage_logits(
-        <const floating*>(batch.logits + row * batch.logits_stride) + start, n, NULL if mask == NULL else mask + start,
-        &batch.transform, <floating*>pieces.z + place, <floating*>pieces.chain + place,
-    )
+    if is_identity(&batch.transform):
+        return x
+    if fresh:
+        stage_logits(
+            x, n, NULL if mask == NULL else mask + start, &batch.transform, <floating*>pieces.z + place,
+            <floating*>pieces.chain + place,
+        )
+    return <const floating*>pieces.z + place
 
 
 # The largest logit of a row and where it is first; all pieces of the row are staged on the way.
@@ -329,12 +282,11 @@ cdef inline void find_maximum(
     for chunk in range(chunks_of(batch.n_classes)):
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
-        stage(batch, pieces, row, r, start, n, like)
-        z = <const floating*>pieces.z + r * pieces.width + start // CHUNK * pieces.step
-        largest = piece_maximum(z, padded(n))
+        z = stage(batch, pieces, row, r, start, n, True, like)
+        largest = piece_maximum(z, n)
         if largest > maximum:
             maximum = largest
-            index = start + first_index_of(z, largest, padded(n))
+            index = start + first_index_of(z, largest, n)
     if batch.smoothing != 0.0 and batch.base == NULL:
         for i in range(batch.n_classes):
             n_shown += mask[i] != 0
@@ -365,8 +317,9 @@ cdef inline void measure_row(
     cdef double[2] mass
     cdef double[2] linear
     cdef double[2] spread
-    cdef floating* z
+    cdef const floating* z
     cdef floating* terms
+    cdef bint again = pieces.step == 0 and batch.n_classes > CHUNK     # chunks have overwritten each other
     cdef const floating* dense
     total[0] = total[1] = mass[0] = mass[1] = linear[0] = linear[1] = spread[0] = spread[1] = 0.0
     own.mass_at_maximum[r] = own.hit[r] = own.largest_mass[r] = 0.0
@@ -375,31 +328,35 @@ cdef inline void measure_row(
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
         place = r * pieces.width + start // CHUNK * pieces.step
-        z = <floating*>pieces.z + place
         terms = <floating*>pieces.terms + place
-        if pieces.step == 0 and batch.n_classes > CHUNK:
-            stage(batch, pieces, row, r, start, n, like)
-        exp_piece(z, terms, padded(n), &own.window[r])
+        z = stage(batch, pieces, row, r, start, n, again, like)
+        exp_piece(z, terms, n, &own.window[r])
         top = own.argmax[r] - start
         if has_dense_mass(batch):
             dense = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
             if has_base_alone(batch):
                 add_chunk(mass, batch.base_mass if start == 0 else 0.0)
             else:
-                add_chunk(mass, sum_piece(dense, padded(n)))
-            add_chunk(linear, sum_below(dense, z, <floating>own.maximum[r], padded(n)))
+                add_chunk(mass, sum_piece(dense, n))
+            # A row of one mass, or none, stays exact.
             if 0 <= top < n:
                 own.mass_at_maximum[r] += dense[top]
+                add_chunk(mass, -dense[top])
+            if fabs(own.maximum[r]) > exp_limit(like):
+                add_chunk(linear, sum_far_below(dense, z, own.maximum[r], n))
+            else:
+                add_chunk(linear, sum_below(dense, z, <floating>own.maximum[r], n))
             if batch.probability != NULL:
-                own.hit[r] += sum_products(dense, terms, padded(n))
-                own.largest_mass[r] = larger_of(own.largest_mass[r], piece_maximum(dense, padded(n)))
+                own.hit[r] += sum_products(dense, terms, n)
+                own.largest_mass[r] = larger_of(own.largest_mass[r], piece_maximum(dense, n))
         for i in range(batch.n_entries):
             a = entry(batch, row, i, &index)
             if a != 0.0 and 0 <= index - start < n:
-                add_chunk(mass, a)
-                add_chunk(linear, a * (own.maximum[r] - z[index - start]))
                 if index - start == top:
                     own.mass_at_maximum[r] += a
+                else:
+                    add_chunk(mass, a)
+                    add_chunk(linear, a * (own.maximum[r] - z[index - start]))
                 if batch.probability != NULL:
                     own.hit[r] += a * terms[index - start]
                     own.largest_mass[r] = larger_of(own.largest_mass[r], entry_mass(batch, row, index))
@@ -407,8 +364,8 @@ cdef inline void measure_row(
             at_maximum = terms[top]
             terms[top] = 0
         if batch.entropy != NULL:
-            add_chunk(spread, sum_below(terms, z, <floating>own.maximum[r], padded(n)))
-        add_chunk(total, sum_piece(terms, padded(n)))
+            add_chunk(spread, sum_below(terms, z, <floating>own.maximum[r], n))
+        add_chunk(total, sum_piece(terms, n))
     own.mass[r] = mass[0] + mass[1]
     own.linear[r] = linear[0] + linear[1] if linear[0] < INFINITY else linear[0]
     own.spread[r] = spread[0] + spread[1]
@@ -419,59 +376,7 @@ cdef inline void measure_row(
         put_row(&own.rows, r, NAN, NAN, NAN, 0.0)
 
 
-cdef inline double larger_of(double a, double b) noexcept nogil:
-    return a if a > b else b
-
-
-# All of a row's entries at one index: entries may repeat.
-cdef inline double entry_mass(const Batch* batch, Py_ssize_t row, Py_ssize_t index) noexcept nogil:
-    cdef Py_ssize_t i, other
-    cdef double a, total = 0.0
-    for i in range(batch.n_entries):
-        a = entry(batch, row, i, &other)
-        if other == index:
-            total += a
-    return total
-
-
 # ---- the block -----------------------------------------------------------------------------------------------------
-
-# Losses and statistics from the sums, once finish_rows has taken the logarithms; the factor of each row's gradient.
-cdef inline void settle(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    cdef Scratch* rows = &own.rows
-    cdef Py_ssize_t r, row
-    cdef double lse, loss, sample_weight
-    cdef bint is_whole
-    for r in range(n):
-        row = first + r
-        is_whole = rows.loss[r] == rows.loss[r]
-        lse = own.maximum[r] + rows.loss[r]
-        sample_weight = 1.0 if batch.sample_weight == NULL else batch.sample_weight[row]
-        own.factor[r] = batch.scale * sample_weight * batch.transform.scale
-        if batch.scales != NULL:
-            own.factor[r] *= batch.scales[row]
-        if own.argmax[r] < 0:
-            lse = NAN
-            loss = 0.0
-            rows.scale[r] = 0.0
-        else:
-            loss = own.mass[r] * rows.loss[r] + own.linear[r]
-            rows.scale[r] = own.mass[r]
-            if batch.z_loss != 0.0:
-                loss += batch.z_loss * lse * lse
-                rows.scale[r] += 2.0 * batch.z_loss * lse
-            loss *= sample_weight
-        if batch.losses != NULL:
-            batch.losses[row] = loss
-        if batch.lse != NULL:
-            batch.lse[row] = lse
-        if batch.predicted != NULL:
-            is_whole = is_whole and own.argmax[r] >= 0
-            batch.predicted[row] = own.argmax[r] if is_whole else -1
-            batch.correct[row] = is_whole and own.mass_at_maximum[r] > 0.0 and own.mass_at_maximum[r] >= own.largest_mass[r]
-            batch.probability[row] = own.hit[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
-            batch.entropy[row] = rows.loss[r] + own.spread[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
-
 
 cdef inline void take_block(
     const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t first, Py_ssize_t n, const floating* like
@@ -499,8 +404,9 @@ cdef inline void write_row(
     cdef floating* out = <floating*>(batch.out + row * batch.out_stride)
     cdef floating* hess = <floating*>(batch.hess + row * batch.hess_stride)
     cdef Py_ssize_t chunk, start, n, place, top
-    cdef floating* z
+    cdef const floating* z
     cdef floating* terms
+    cdef bint again = pieces.step == 0 and batch.n_classes > CHUNK     # chunks have overwritten each other
     cdef const floating* mass
     if own.argmax[r] < 0:
         if batch.out != NULL:
@@ -512,20 +418,19 @@ cdef inline void write_row(
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
         place = r * pieces.width + start // CHUNK * pieces.step
-        z = <floating*>pieces.z + place
         terms = <floating*>pieces.terms + place
         mass = NULL
         top = own.argmax[r] - start
-        if pieces.step == 0 and batch.n_classes > CHUNK:
-            stage(batch, pieces, row, r, start, n, like)
-            exp_piece(z, terms, padded(n), &own.window[r])
+        z = stage(batch, pieces, row, r, start, n, again, like)
+        if again:
+            exp_piece(z, terms, n, &own.window[r])
             if 0 <= top < n:
                 terms[top] = 0
         if batch.kind == GRADIENT and has_dense_mass(batch):
             mass = <floating*>pieces.mass + place
             if has_base_alone(batch):
                 mass = <const floating*>batch.base + start
-            elif pieces.step == 0 and batch.n_classes > CHUNK:
+            elif again or is_distribution_alone(batch):
                 mass = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
         if batch.kind != GRADIENT:
             write_activation(batch, own, r, z, terms, out + start, n, top)
@@ -562,27 +467,28 @@ cdef inline void write_gradient(
     cdef Scratch* rows = &own.rows
     cdef double factor = own.factor[r], inverse = rows.inverse[r], a, pull
     cdef Py_ssize_t i, index
-    combine(out, terms, mass, n, rows.scale[r] * factor, inverse, factor)
+    combine(out, terms, mass, n, rows.scale[r], inverse, factor)
     for i in range(batch.n_entries):
         a = entry(batch, row, i, &index)
         if 0 <= index - start < n and a != 0.0:
             out[index - start] = <floating>(out[index - start] - a * factor)
     if 0 <= top < n:
         a = own.mass_at_maximum[r]
-        pull = (rows.scale[r] - a) * (rows.at_target[r] * inverse) - a * miss_of(rows.others[r], rows.at_target[r])
+        pull = (own.mass[r] + own.steepness[r]) * (rows.at_target[r] * inverse)
+        pull -= a * miss_of(rows.others[r], rows.at_target[r])
         out[top] = <floating>(pull * factor)
 
 
-# out = terms * (scale/S) - mass * factor, in the dtype where all factors are normal numbers of it, else in float64 and
+# out = (terms * (scale/S) - mass) * factor, in the dtype where all factors are normal numbers of it, else in float64 and
 # by the power of two in 1/S first: nothing then under- or overflows on the way.
 cdef inline void combine(
     floating* out, const floating* terms, const floating* mass, Py_ssize_t n, double scale, double inverse, double factor
 ) noexcept nogil:
-    cdef floating push = <floating>(scale * inverse)
+    cdef floating push = <floating>(scale * inverse * factor)
     cdef floating pull = <floating>(-factor)
     cdef double power, rest
     cdef Py_ssize_t i
-    if is_normal(out, scale * inverse) and (mass == NULL or is_normal(out, factor)):
+    if is_normal(out, scale * factor, inverse) and (mass == NULL or is_normal(out, factor, 1.0)):
         if mass == NULL:
             for i in range(n):
                 out[i] = terms[i] * push
@@ -596,7 +502,7 @@ cdef inline void combine(
     power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
     rest = scale * (inverse / power)
     for i in range(n):
-        out[i] = <floating>((terms[i] * power) * rest - (0.0 if mass == NULL else mass[i] * factor))
+        out[i] = <floating>(((terms[i] * power) * rest - (0.0 if mass == NULL else mass[i])) * factor)
 
 
 # p * ((A + 2 z_loss lse)(1 - p) + 2 z_loss p) by the row's factor; at the largest logit 1 - p is others/S.
@@ -609,7 +515,7 @@ cdef inline void write_hessian(
     cdef floating inverse = <floating>rows.inverse[r]
     cdef floating curved = <floating>curve, squared = <floating>square, probability
     cdef Py_ssize_t i
-    if is_normal(hess, curve) and is_normal(hess, square):
+    if is_normal(hess, curve, 1.0) and is_normal(hess, square, 1.0):
         for i in range(n):
             probability = terms[i] * inverse
             hess[i] = probability * (curved * (1 - probability) + squared * probability)
@@ -658,6 +564,9 @@ cdef Plan plan_batch(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsiz
     plan.block_rows = smaller(BLOCK_ROWS, larger(1, CHUNK // padded(n_classes)))
     plan.width = padded(n_classes)
     plan.piece = plan.width * plan.block_rows if n_classes <= KEEP_CLASSES else CHUNK
+    if n_classes <= TILE_CLASSES:
+        plan.block_rows = BLOCK_ROWS
+        plan.piece = tile_elements(n_classes) // 4
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
     plan.task_rows = larger(plan.task_rows - plan.task_rows % plan.block_rows, plan.block_rows)
     plan.n_tasks = (n_rows + plan.task_rows - 1) // plan.task_rows
@@ -682,7 +591,10 @@ cdef void take_task(
     pieces.width = plan.width if batch.n_classes <= KEEP_CLASSES else 0
     pieces.step = CHUNK if batch.n_classes <= KEEP_CLASSES else 0
     while first < end:
-        take_block(batch, own, &pieces, first, smaller(plan.block_rows, end - first), like)
+        if batch.n_classes <= TILE_CLASSES:
+            take_tile(batch, own, first, smaller(plan.block_rows, end - first), like)
+        else:
+            take_block(batch, own, &pieces, first, smaller(plan.block_rows, end - first), like)
         first += plan.block_rows
 
 
@@ -710,7 +622,7 @@ cdef Py_ssize_t place_base(Batch* batch, floating* base) noexcept nogil:
         base[i] = 0
     for chunk in range(chunks_of(n_classes)):
         start = chunk * CHUNK
-        add_chunk(mass, sum_piece(base + start, padded(smaller(CHUNK, n_classes - start))))
+        add_chunk(mass, sum_piece(base + start, smaller(CHUNK, n_classes - start)))
     batch.base = <char*>base
     batch.base_mass = mass[0] + mass[1]
     return base_bytes(n_classes, sizeof(floating))

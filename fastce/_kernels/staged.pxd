@@ -17,20 +17,21 @@ cdef struct Transform:
     bint is_single          # whether `scale` is a float32, and products in float32 are rounded once all the same
 
 
+cdef inline bint is_identity(const Transform* transform) noexcept nogil:
+    return transform.scale == 1.0 and transform.cap == 0.0 and transform.mask == NULL
+
+
 # Elements that `n` of them take in whole vectors.
 cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
 
 
-# z[0, padded(n)): the row's logits from `start` on, filled up with -inf. With a cap `chain` gets the factors dz/dx by
-# the scale: 1 - tanh^2.
+# z[0, n): the transformed logits x. With a cap `chain` gets the factors dz/dx by the scale: 1 - tanh^2.
 cdef inline void stage_logits(
     const floating* x, Py_ssize_t n, const uint8_t* mask, const Transform* transform, floating* z, floating* chain
 ) noexcept nogil:
     cdef Py_ssize_t i
     cdef floating single = <floating>transform.scale
-    for i in range(n - n % LANES, padded(n)):
-        z[i] = -INFINITY
     if transform.cap != 0.0:
         cap_logits(x, n, transform, z, chain)
     elif transform.scale == 1.0:
