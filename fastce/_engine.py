@@ -164,9 +164,14 @@ def threads_for(n_elements, num_threads):
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
 
-def plain_cross_entropy(logits, targets, out, with_grad):
-    """Return (mean loss, gradient or None) of a call without options on plain arrays, or None if it is not one."""
-    return kernels.plain_cross_entropy(logits, targets, out, with_grad, SERIAL_ELEMENTS, default_threads)
+def plain_cross_entropy(
+    logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads, grad_output
+):
+    """Return (mean or sum, gradient or None) of a call on plain arrays, or None if the call is not plain."""
+    return kernels.plain_cross_entropy(
+        logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads, grad_output,
+        SERIAL_ELEMENTS, default_threads,
+    )
 
 
 def cross_entropy_rows(logits, ids, losses, scale, out, num_threads, weight=None, sample_weight=None):

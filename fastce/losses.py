@@ -7,7 +7,7 @@ from fastce._problem import AXIS, IGNORE_INDEX, deliver, given_arrays, gradient_
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
 
-MEAN = "mean"
+MEAN, SUM = "mean", "sum"
 # Defaults by name, so that a call without options is told by identity.
 NO_SMOOTHING = 0.0
 NO_SCALE = 1.0
@@ -137,11 +137,11 @@ def cross_entropy(
     >>> print(f"{fastce.cross_entropy(logits[0], 0, label_smoothing=0.3):.6f}")
     0.639545
     """
-    if is_default(
-        axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
-        denominator, num_threads,
-    ):
-        plain = _engine.plain_cross_entropy(logits, targets, None, False)
+    if may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+        plain = _engine.plain_cross_entropy(
+            logits, targets, None, False, weight, sample_weight, ignore_index, reduction is MEAN, denominator,
+            num_threads, None,
+        )
         if plain is not None:
             return plain[0]
     _checks.check_reduction(reduction)
@@ -154,24 +154,16 @@ def cross_entropy(
     return deliver(problem, reduction, divisor, 1.0, *loss_arrays(problem, reduction))
 
 
-def is_default(
-    axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
-    denominator, num_threads,
-):
-    """Return whether the options are the defaults, by identity: what only compares equal goes through the checks."""
+def may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+    """Return whether the short way may be tried: by identity, what only compares equal goes through the checks."""
     return (
         axis is AXIS
-        and weight is None
-        and sample_weight is None
-        and ignore_index is IGNORE_INDEX
         and label_smoothing is NO_SMOOTHING
         and logit_scale is NO_SCALE
         and softcap is None
         and z_loss is NO_Z_LOSS
         and class_mask is None
-        and reduction is MEAN
-        and denominator is None
-        and num_threads is None
+        and (reduction is MEAN or reduction is SUM)
     )
 
 
@@ -251,11 +243,11 @@ def cross_entropy_with_grad(
     array([[-0.213014,  0.106507,  0.106507],
            [ 0.333333,  0.333333, -0.666667]])
     """
-    if grad_output is None and is_default(
-        axis, weight, sample_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction,
-        denominator, num_threads,
-    ):
-        plain = _engine.plain_cross_entropy(logits, targets, out, True)
+    if may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+        plain = _engine.plain_cross_entropy(
+            logits, targets, out, True, weight, sample_weight, ignore_index, reduction is MEAN, denominator, num_threads,
+            grad_output,
+        )
         if plain is not None:
             return plain
     problem, divisor, scale = _pose_with_gradient(

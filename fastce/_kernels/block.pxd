@@ -108,7 +108,7 @@ cdef inline void put_losses(const Batch* batch, const Scratch* rows, Py_ssize_t 
     if has_weights(batch):
         for r in range(n):
             weight = weight_of(batch, first + r)
-            batch.losses[first + r] = 0.0 if weight == 0.0 and rows.loss[r] == INFINITY else weight * rows.loss[r]
+            batch.losses[first + r] = 0.0 if weight == 0.0 and rows.loss[r] == INFINITY else weight * rows.loss[r] + 0.0
 
 
 # 1 - p_t. Exactly 1 where the target is out of reach, which others * (1/S) alone may miss by an ulp.

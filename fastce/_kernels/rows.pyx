@@ -19,6 +19,8 @@ fixed order that depends on the row's length alone, so a row's bits depend on no
 """
 
 from cython.parallel cimport prange, threadid
+from cpython.long cimport PyLong_AsLongLongAndOverflow
+from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -31,6 +33,7 @@ from fastce._kernels.block cimport (
     Batch,
     Scratch,
     finish_rows,
+    has_weights,
     load_scales,
     pull_target,
     put_losses,
@@ -65,7 +68,7 @@ watch_forks()
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
 
 cdef enum:
-    IGNORE_INDEX = -100
+    MAX_THREADS = 256
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
     # large.pxd 0.32, at 4064 0.28 and 0.29 (float32, 1 thread).
     MEDIUM_CLASSES = 4096
@@ -334,20 +337,27 @@ cdef void fill_batch(
     batch.memory = <char*>cnp.PyArray_DATA(memory)
 
 
-# The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), no options, the mean. Whatever
-# is not plain, errors included, is left to the general way: the answer is None and nothing has been written.
-def plain_cross_entropy(logits, targets, out, bint with_grad, Py_ssize_t serial_elements, choose_threads):
-    """Return (mean loss, gradient or None) of a plain call, or None if it is not one."""
+# The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), options that are numbers or
+# plain float64 arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and
+# nothing has been written.
+def plain_cross_entropy(
+    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, bint mean, denominator, num_threads,
+    grad_output, Py_ssize_t serial_elements, choose_threads,
+):
+    """Return (mean or sum of the losses, gradient or None) of a plain call, or None if it is not one."""
     cdef Batch batch
     cdef Py_ssize_t n_rows, n_classes, n_live, n_bytes
-    cdef int num_threads = 1
+    cdef int64_t ignored
+    cdef int threads = 1, overflow = 0
     cdef int kind
+    cdef double divisor, total
     cdef char* memory
-    if not is_plain(logits, 2) or not is_plain(targets, 1):
+    if not is_plain(logits, 2) or not is_plain(targets, 1) or type(ignore_index) is not int:
         return None
     kind = cnp.PyArray_TYPE(logits)
     n_rows = cnp.PyArray_DIM(logits, 0)
     n_classes = cnp.PyArray_DIM(logits, 1)
+    ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
     if (
         kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
         or cnp.PyArray_TYPE(targets) not in (cnp.NPY_INT64, cnp.NPY_INT32)
@@ -355,39 +365,83 @@ def plain_cross_entropy(logits, targets, out, bint with_grad, Py_ssize_t serial_
         or n_rows == 0
         or n_classes == 0
         or n_rows * n_classes > PLAIN_ELEMENTS
+        or overflow
         or (out is not None and not is_plain_out(out, logits))
+        or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out))
+        or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out))
+        or (grad_output is not None and type(grad_output) is not float)
+        or (denominator is not None and not (mean and type(denominator) is float and 0.0 < denominator < INFINITY))
+        or (num_threads is not None and not (type(num_threads) is int and 0 < num_threads <= MAX_THREADS))
     ):
         return None
-    if n_rows * n_classes >= serial_elements:
-        num_threads = choose_threads()
+    if num_threads is not None:
+        threads = num_threads
+    elif n_rows * n_classes >= serial_elements:
+        threads = choose_threads()
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
     batch.memory = NULL
-    n_bytes = memory_of(&batch, num_threads, kind == cnp.NPY_FLOAT32)
+    n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
     memory = <char*>malloc(n_rows * (sizeof(int64_t) + sizeof(double)) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
     batch.ids = <int64_t*>(memory + n_rows * sizeof(double))
     batch.memory = memory + n_rows * (sizeof(double) + sizeof(int64_t))
+    batch.scales = NULL
+    batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
+    batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
     try:
-        n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes)
-        if n_live <= 0:
+        n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
+        if n_live < 0:
             return None
+        divisor = total_weight(&batch) if has_weights(&batch) else n_live
+        if denominator is not None:
+            divisor = denominator
+        if mean and divisor == 0.0:
+            return None
+        if sample_weight is not None:
+            skip_weightless(&batch)
+        batch.scale = 1.0 if grad_output is None else grad_output
+        if mean:
+            batch.scale = batch.scale / divisor
         if with_grad and out is None:
             out = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
         batch.out_stride = batch.logits_stride
-        batch.scales = NULL
-        batch.scale = 1.0 / n_live
-        batch.weight = batch.sample_weight = NULL
-        take_any_batch(&batch, num_threads, kind == cnp.NPY_FLOAT32)
-        return pairwise_sum(batch.losses, n_rows) / n_live, out
+        take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
+        total = pairwise_sum(batch.losses, n_rows)
+        return total / divisor if mean else total, out
     finally:
         free(memory)
+
+
+# Rows of sample weight 0 are skipped like ignored ones.
+cdef void skip_weightless(Batch* batch) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(batch.n_rows):
+        batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
+
+
+# Whether `weight` is a plain float64 array of n finite numbers >= least, apart from `out`.
+cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out) noexcept:
+    cdef double* numbers
+    cdef Py_ssize_t i, n_bad = 0
+    if not is_plain(weight, 1) or cnp.PyArray_TYPE(weight) != cnp.NPY_FLOAT64 or cnp.PyArray_DIM(weight, 0) != n:
+        return False
+    numbers = <double*>cnp.PyArray_DATA(weight)
+    for i in range(n):
+        n_bad += 0 if least <= numbers[i] and fabs(numbers[i]) < INFINITY else 1
+    return n_bad == 0 and (out is None or are_apart(out, weight))
+
+
+cdef inline bint are_apart(out, other) noexcept:
+    cdef char* a = <char*>cnp.PyArray_DATA(out)
+    cdef char* b = <char*>cnp.PyArray_DATA(other)
+    return a + cnp.PyArray_NBYTES(out) <= b or b + cnp.PyArray_NBYTES(other) <= a
 
 
 cdef inline bint is_plain(array, int n_axes) noexcept:
@@ -399,22 +453,20 @@ cdef inline bint is_plain(array, int n_axes) noexcept:
 
 
 cdef inline bint is_plain_out(out, logits) noexcept:
-    cdef char* a
-    cdef char* b
-    if not (
+    return (
         is_plain(out, 2)
         and cnp.PyArray_ISWRITEABLE(out)
         and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
         and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(logits, 0)
         and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(logits, 1)
-    ):
-        return False
-    a, b = <char*>cnp.PyArray_DATA(out), <char*>cnp.PyArray_DATA(logits)
-    return a == b or a + cnp.PyArray_NBYTES(out) <= b or b + cnp.PyArray_NBYTES(out) <= a
+        and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
+    )
 
 
-# Copies ids with IGNORE_INDEX as -1; returns how many are live, or -1 if one is out of range.
-cdef Py_ssize_t copy_ids(cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes) noexcept nogil:
+# Copies ids with the ignored one as -1; returns how many are live, or -1 if one is out of range.
+cdef Py_ssize_t copy_ids(
+    cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes, int64_t ignored
+) noexcept nogil:
     cdef const int64_t* wide = <const int64_t*>cnp.PyArray_DATA(targets)
     cdef const int32_t* narrow = <const int32_t*>cnp.PyArray_DATA(targets)
     cdef bint is_wide = cnp.PyArray_TYPE(targets) == cnp.NPY_INT64
@@ -422,10 +474,10 @@ cdef Py_ssize_t copy_ids(cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssi
     cdef int64_t t
     for i in range(n):
         t = wide[i] if is_wide else narrow[i]
-        n_outside += 1 if <uint64_t>t >= <uint64_t>n_classes else 0
-        n_ignored += 1 if t == IGNORE_INDEX else 0
-        ids[i] = -1 if t == IGNORE_INDEX else t
-    return n - n_ignored if n_outside == n_ignored else -1
+        n_outside += 1 if <uint64_t>t >= <uint64_t>n_classes and t != ignored else 0
+        n_ignored += 1 if t == ignored else 0
+        ids[i] = -1 if t == ignored else t
+    return n - n_ignored if n_outside == 0 else -1
 
 
 cdef void take_any_batch(Batch* batch, int num_threads, bint single):
@@ -490,20 +542,24 @@ cdef bint is_bad(int64_t t, Py_ssize_t n_classes, const int64_t* skip, Py_ssize_
 def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     """Return the sum of weight[id] * sample_weight over the rows that are not ignored; None counts as 1."""
     cdef Batch batch
-    cdef double[256] part
-    cdef double[2] total
-    cdef Py_ssize_t block, start, i, n, n_rows = cnp.PyArray_DIM(ids, 0)
-    total[0] = total[1] = 0.0
+    batch.n_rows = cnp.PyArray_DIM(ids, 0)
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
     batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
-    with nogil:
-        for block in range((n_rows + 255) // 256):
-            start = block * 256
-            n = smaller(256, n_rows - start)
-            for i in range(n):
-                part[i] = 0.0 if batch.ids[start + i] < 0 else weight_of(&batch, start + i)
-            add_chunk(total, pairwise_sum(part, n))
+    return total_weight(&batch)
+
+
+cdef double total_weight(const Batch* batch) noexcept nogil:
+    cdef double[256] part
+    cdef double[2] total
+    cdef Py_ssize_t block, start, i, n
+    total[0] = total[1] = 0.0
+    for block in range((batch.n_rows + 255) // 256):
+        start = block * 256
+        n = smaller(256, batch.n_rows - start)
+        for i in range(n):
+            part[i] = 0.0 if batch.ids[start + i] < 0 else weight_of(batch, start + i)
+        add_chunk(total, pairwise_sum(part, n))
     return total[0] + total[1]
 
 
