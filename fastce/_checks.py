@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastce._engine import kernels
+from fastce._engine import is_mass, kernels
 
 INT64_MAX = np.iinfo(np.int64).max
 REDUCTIONS = ("none", "mean", "sum")
+DEFAULT_IGNORED = -100
+DEFAULT_IGNORED_IDS = np.array([DEFAULT_IGNORED])
 
 
 def as_logits(logits, name="logits"):
@@ -79,6 +81,8 @@ def as_axis(axis, shape):
 
 def as_ignored(ignore_index):
     """Return the ids to ignore as an int64 array without repetitions."""
+    if ignore_index is DEFAULT_IGNORED:
+        return DEFAULT_IGNORED_IDS
     if ignore_index is None:
         return np.empty(0, np.int64)
     if isinstance(ignore_index, np.ndarray):
@@ -226,6 +230,9 @@ def check_out(out, logits, given, *, any_float=False, name="out"):
     `out` may be `logits` itself: same memory, same layout. Class ids are copied first and may lie anywhere.
     `any_float` lets it have another floating dtype than the logits.
     """
+    if kernels.is_plain_gradient(out, logits):
+        check_apart(out, given, name, besides_logits=True)
+        return
     dtype = logits.dtype.newbyteorder("=")
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{name} must be a numpy array, got {type(out).__name__}")
@@ -243,9 +250,14 @@ def check_out(out, logits, given, *, any_float=False, name="out"):
         raise TypeError(f"{name} must be a plain array, got a masked array")
     if overlaps_itself(out):
         raise ValueError(f"{name} overlaps itself: strides {out.strides} for shape {out.shape}")
-    if same_memory(out, logits):
-        given = [pair for pair in given if pair[0] != "logits"]
+    check_apart(out, given, name, besides_logits=same_memory(out, logits))
+
+
+def check_apart(out, given, name, *, besides_logits):
+    """Raise if `out` shares memory with one of the arguments, logits excepted where that has been settled."""
     for other, value in given:
+        if other == "logits" and besides_logits:
+            continue
         if isinstance(value, np.ndarray) and share_memory(out, value):
             remedy = "; pass logits itself to work in place, or a separate array" if other == "logits" else ""
             raise ValueError(f"{name} overlaps {other}{remedy}")
@@ -296,7 +308,7 @@ def as_num_threads(num_threads):
 
 def as_number(name, value, expected, accepts):
     """Return `value` as a float that `accepts` says is fine; `expected` says in words what that is."""
-    number = as_real(name, value)
+    number = value if type(value) is float else as_real(name, value)
     if not accepts(number):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return number
@@ -392,9 +404,9 @@ def is_distribution(targets, array, logits_shape):
     return array.shape == logits_shape and is_floating(array.dtype) and not is_empty_list(targets, array)
 
 
-def check_distribution(array, axis, live):
+def check_distribution(array, axis, live, num_threads):
     """Raise unless every number of a distribution (any layout) is finite and >= 0, rows that are not `live` excepted."""
-    if all(part.min() >= 0 and part.max() < np.inf for part in parts_of(array)):
+    if is_mass(array, num_threads):
         return
     bad = ~((array >= 0) & (array < np.inf))
     if live is not None:
@@ -403,21 +415,6 @@ def check_distribution(array, axis, live):
         first = np.unravel_index(int(np.argmax(bad)), bad.shape)
         position = ", ".join(str(int(i)) for i in first)
         raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {array[first]}")
-
-
-def parts_of(array, limit=1 << 17):
-    """Yield views that together are `array`, of at most `limit` elements where that can be had along the first axes."""
-    if array.size <= limit or array.ndim == 0:
-        if array.size:
-            yield array
-        return
-    step = max(1, limit * len(array) // array.size)
-    if step > 1:
-        for start in range(0, len(array), step):
-            yield array[start : start + step]
-        return
-    for part in array:
-        yield from parts_of(part, limit)
 
 
 def check_no_ignore(ignore_index, default):

@@ -7,6 +7,7 @@ are handed to the kernels where they are; others pass through a buffer of a fixe
 import importlib
 import os
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -268,9 +269,39 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
 
 def smoothing_base(smoothing, n_classes, dtype, *, weight, mask=None, **_):
     """Return the mass that smoothing gives to each class, weighted: smoothing/K for the K classes that `mask` shows."""
-    shown = np.ones(n_classes) if mask is None else mask[0].astype(np.float64)
-    share = shown * (smoothing / max(1.0, shown.sum()))
+    if mask is None:
+        share = even_share(smoothing, n_classes, dtype)
+    else:
+        share = mask[0] * (smoothing / max(1, np.count_nonzero(mask)))
     return np.ascontiguousarray(share if weight is None else share * weight, dtype)
+
+
+@lru_cache(maxsize=8)
+def even_share(smoothing, n_classes, dtype):
+    """Return the shares of smoothing without weights: a training loop asks for the same ones at every step."""
+    return np.full(n_classes, smoothing / n_classes, dtype)
+
+
+def is_mass(array, num_threads):
+    """Return whether all numbers of an array, of any layout, are finite and >= 0."""
+    if array.flags.c_contiguous and array.flags.aligned and array.dtype in (np.float32, np.float64):
+        return soft.is_mass(array, threads_for(array.size, num_threads))
+    return all(part.min() >= 0 and part.max() < np.inf for part in parts_of(array))
+
+
+def parts_of(array, limit=BUFFER_ELEMENTS):
+    """Yield views that together are `array`, of at most `limit` elements where that can be had along the first axes."""
+    if array.size <= limit or array.ndim == 0:
+        if array.size:
+            yield array
+        return
+    step = max(1, limit * len(array) // array.size)
+    if step > 1:
+        for start in range(0, len(array), step):
+            yield array[start : start + step]
+        return
+    for part in array:
+        yield from parts_of(part, limit)
 
 
 def activation_rows(logits, out, lse, logarithm, num_threads):
@@ -312,18 +343,18 @@ class Walk:
         self.arrays = [*inputs, *outputs]
         self.n_inputs = len(inputs)
         self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
-        pairs = list(zip(self.arrays, self.rows, strict=True))
-        where_they_lie = all(array is None or rows is not None for array, rows in pairs)
-        self.step = min(n_rows, max(1, (SLAB_ELEMENTS if where_they_lie else BUFFER_ELEMENTS) // n_classes))
-        self.row_shape = next(array.shape[:-1] for array in self.arrays if array is not None)
-        self.buffers = [
-            None if array is None or rows is not None else np.empty((self.step, n_classes), block_dtype(array, dtype))
-            for array, rows in pairs
-        ]
+        through = [array is not None and rows is None for array, rows in zip(self.arrays, self.rows, strict=True)]
+        self.where_they_lie = not any(through)
+        self.step = min(n_rows, max(1, (SLAB_ELEMENTS if self.where_they_lie else BUFFER_ELEMENTS) // n_classes))
+        self.buffers = [None] * len(self.arrays)
+        if self.where_they_lie:
+            return
+        for i, array in enumerate(self.arrays):
+            if through[i]:
+                self.buffers[i] = np.empty((self.step, n_classes), np.uint8 if array.dtype == np.uint8 else dtype)
         # Kernels may write the first output over the logits, so one buffer serves both.
         if self.buffers[0] is not None and self.buffers[self.n_inputs] is not None:
             self.buffers[self.n_inputs] = self.buffers[0]
-        self.where_they_lie = where_they_lie
 
     def __iter__(self):
         if self.where_they_lie:
@@ -332,7 +363,7 @@ class Walk:
                 blocks = [part_of(rows, part) for rows in self.rows]
                 yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
             return
-        for index, first, stop in row_blocks(self.row_shape, self.step):
+        for index, first, stop in row_blocks(self.arrays[0].shape[:-1], self.step):
             part = slice(first, stop)
             blocks = [self.block(i, part) for i in range(len(self.arrays))]
             for array, buffer, block in self.buffered(0, self.n_inputs, blocks):
@@ -355,11 +386,7 @@ class Walk:
 
 def can_lie(array, dtype):
     """Return whether kernels that compute in `dtype` read or write this array as it is, if its layout allows."""
-    return array is not None and array.dtype in (dtype, np.uint8)
-
-
-def block_dtype(array, dtype):
-    return array.dtype if array.dtype == np.uint8 else dtype
+    return array is not None and (array.dtype == dtype or array.dtype == np.uint8)
 
 
 def as_rows(array):

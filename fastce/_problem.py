@@ -9,7 +9,7 @@ from fastce import _checks, _engine
 from fastce.targets import SparseTargets
 
 AXIS = -1
-IGNORE_INDEX = -100
+IGNORE_INDEX = _checks.DEFAULT_IGNORED
 
 
 @dataclass
@@ -35,13 +35,9 @@ class Problem:
     cap: float = 0.0
     z_loss: float = 0.0
 
-    @property
-    def row_shape(self):
-        return self.logits.shape[: self.axis] + self.logits.shape[self.axis + 1 :]
-
-    @property
-    def n_rows(self):
-        return self.logits.size // self.logits.shape[self.axis]
+    def __post_init__(self):
+        self.row_shape = self.logits.shape[: self.axis] + self.logits.shape[self.axis + 1 :]
+        self.n_rows = self.logits.size // self.logits.shape[self.axis]
 
     @property
     def loss_dtype(self):
@@ -128,7 +124,7 @@ def pose(
     if problem.mask is not None:
         _checks.check_classes_left(problem.mask, live)
     if problem.distribution is not None:
-        _checks.check_distribution(problem.distribution, axis, live)
+        _checks.check_distribution(problem.distribution, axis, live, problem.num_threads)
     return problem
 
 

@@ -1,10 +1,9 @@
 """General rows: one call's batch, what a thread knows of the rows of a block, and how that becomes losses."""
 
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
 from fastce._kernels.block cimport BLOCK_ROWS, Scratch
-from fastce._kernels.lanes cimport LANES
 from fastce._kernels.staged cimport Transform
 from fastce._kernels.vexp cimport ExpWindow, floating
 
@@ -38,6 +37,7 @@ cdef struct Batch:
     double* scales          # of each row's gradient
     double* losses
     int kind
+    bint stream             # the gradient is too large for the caches and not written over the logits
     char* out
     Py_ssize_t out_stride
     char* hess
@@ -67,8 +67,13 @@ cdef struct Own:
     Py_ssize_t[BLOCK_ROWS] argmax       # -1: the row is not looked at
     Py_ssize_t[BLOCK_ROWS] n_shown      # classes that exist, where there is no base
     ExpWindow[BLOCK_ROWS] window
-    double[LANES] slack
 
+
+
+# The memory behind Own from the next cache line on: vectors that straddle two lines take twice as long.
+cdef inline char* behind(Own* own) noexcept nogil:
+    cdef char* end = <char*>(own + 1)
+    return end + (64 - <uintptr_t>end % 64) % 64
 
 
 cdef inline const uint8_t* mask_of(const Batch* batch, Py_ssize_t row) noexcept nogil:

@@ -366,7 +366,7 @@ def plain_cross_entropy(
         or n_classes == 0
         or n_rows * n_classes > PLAIN_ELEMENTS
         or overflow
-        or (out is not None and not is_plain_out(out, logits))
+        or (out is not None and not is_plain_gradient(out, logits))
         or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out))
         or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out))
         or (grad_output is not None and type(grad_output) is not float)
@@ -452,13 +452,14 @@ cdef inline bint is_plain(array, int n_axes) noexcept:
     )
 
 
-cdef inline bint is_plain_out(out, logits) noexcept:
+cpdef bint is_plain_gradient(out, logits):
+    """Return whether `out` is a plain writeable array like `logits`, of one and the same memory or apart from it."""
     return (
-        is_plain(out, 2)
+        is_plain(out, cnp.PyArray_NDIM(logits))
+        and is_plain(logits, cnp.PyArray_NDIM(logits))
         and cnp.PyArray_ISWRITEABLE(out)
         and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
-        and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(logits, 0)
-        and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(logits, 1)
+        and cnp.PyArray_SAMESHAPE(out, logits)
         and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
     )
 

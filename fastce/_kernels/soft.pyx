@@ -23,13 +23,23 @@ from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
 
-from fastce._kernels.block cimport BLOCK_ROWS, Scratch, finish_rows, is_normal, miss_of, put_row
+from fastce._kernels.block cimport (
+    BLOCK_ROWS,
+    Pending,
+    Scratch,
+    finish_rows,
+    is_normal,
+    miss_of,
+    nothing_pending,
+    put_row,
+)
 from fastce._kernels.general cimport (
     GRADIENT,
     LOG_SOFTMAX,
     SOFTMAX,
     Batch,
     Own,
+    behind,
     below,
     entry,
     entry_mass,
@@ -47,6 +57,7 @@ from fastce._kernels.lanes cimport (
     Sum,
     add_block,
     add_chunk,
+    buffer_elements,
     chunks_of,
     clear,
     exp_limit,
@@ -54,6 +65,7 @@ from fastce._kernels.lanes cimport (
     smaller,
     total_of,
 )
+from fastce._kernels.large cimport PREFETCH_BYTES, sum_chunk
 from fastce._kernels.staged cimport is_identity, padded, stage_logits
 from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
 from fastce._kernels.vexp cimport (
@@ -71,6 +83,10 @@ from fastce._kernels.vexp cimport (
 cdef extern from "target.h" nogil:
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
+    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor)
+    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor)
+    void stream_fence "fastce_stream_fence" ()
+    void prefetch "fastce_prefetch" (const void* address)
 
 cnp.import_array()
 watch_forks()
@@ -81,6 +97,8 @@ cdef enum:
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
     TASKS_PER_THREAD = 8
     GIL_ELEMENTS = 2048     # batches below keep the GIL
+    SLACK_BYTES = 128       # before each buffer of pieces: what sum_chunk writes in front of a short last chunk
+    STREAM_BYTES = 1 << 24  # gradients of this size and more are written past the caches, as in rows.pyx
 
 
 # The pieces of a block of rows (or of one chunk of a long row): pointers into the memory behind Own.
@@ -101,6 +119,8 @@ cdef inline floating piece_maximum(const floating* z, Py_ssize_t n) noexcept nog
     for lane in range(4 * LANES):
         largest[lane] = -INFINITY
     for i in range(n // (4 * LANES)):
+        for lane in range(4 * LANES * <Py_ssize_t>sizeof(floating) // 64):
+            prefetch(<char*>z + PREFETCH_BYTES + lane * 64)
         for lane in range(4 * LANES):
             largest[lane] = z[lane] if z[lane] > largest[lane] else largest[lane]
         z += 4 * LANES
@@ -313,6 +333,7 @@ cdef inline void measure_row(
 ) noexcept nogil:
     cdef Py_ssize_t chunk, start, n, i, index, place, top
     cdef double a, at_maximum = 0.0
+    cdef Pending nothing = nothing_pending()
     cdef double[2] total
     cdef double[2] mass
     cdef double[2] linear
@@ -322,16 +343,16 @@ cdef inline void measure_row(
     cdef bint again = pieces.step == 0 and batch.n_classes > CHUNK     # chunks have overwritten each other
     cdef const floating* dense
     total[0] = total[1] = mass[0] = mass[1] = linear[0] = linear[1] = spread[0] = spread[1] = 0.0
-    own.mass_at_maximum[r] = own.hit[r] = own.largest_mass[r] = 0.0
     find_maximum(batch, own, pieces, row, r, like)
+    own.mass_at_maximum[r] = own.hit[r] = own.largest_mass[r] = 0.0
     for chunk in range(chunks_of(batch.n_classes)):
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
         place = r * pieces.width + start // CHUNK * pieces.step
         terms = <floating*>pieces.terms + place
         z = stage(batch, pieces, row, r, start, n, again, like)
-        exp_piece(z, terms, n, &own.window[r])
         top = own.argmax[r] - start
+        add_chunk(total, sum_chunk(z, terms, n, top, True, &own.window[r], &at_maximum, &nothing))
         if has_dense_mass(batch):
             dense = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
             if has_base_alone(batch):
@@ -348,6 +369,8 @@ cdef inline void measure_row(
                 add_chunk(linear, sum_below(dense, z, <floating>own.maximum[r], n))
             if batch.probability != NULL:
                 own.hit[r] += sum_products(dense, terms, n)
+                if 0 <= top < n:
+                    own.hit[r] += dense[top] * at_maximum
                 own.largest_mass[r] = larger_of(own.largest_mass[r], piece_maximum(dense, n))
         for i in range(batch.n_entries):
             a = entry(batch, row, i, &index)
@@ -358,14 +381,10 @@ cdef inline void measure_row(
                     add_chunk(mass, a)
                     add_chunk(linear, a * (own.maximum[r] - z[index - start]))
                 if batch.probability != NULL:
-                    own.hit[r] += a * terms[index - start]
+                    own.hit[r] += a * (at_maximum if index - start == top else terms[index - start])
                     own.largest_mass[r] = larger_of(own.largest_mass[r], entry_mass(batch, row, index))
-        if 0 <= top < n:
-            at_maximum = terms[top]
-            terms[top] = 0
         if batch.entropy != NULL:
             add_chunk(spread, sum_below(terms, z, <floating>own.maximum[r], n))
-        add_chunk(total, sum_piece(terms, n))
     own.mass[r] = mass[0] + mass[1]
     own.linear[r] = linear[0] + linear[1] if linear[0] < INFINITY else linear[0]
     own.spread[r] = spread[0] + spread[1]
@@ -403,6 +422,7 @@ cdef inline void write_row(
 ) noexcept nogil:
     cdef floating* out = <floating*>(batch.out + row * batch.out_stride)
     cdef floating* hess = <floating*>(batch.hess + row * batch.hess_stride)
+    cdef floating* results
     cdef Py_ssize_t chunk, start, n, place, top
     cdef const floating* z
     cdef floating* terms
@@ -440,10 +460,26 @@ cdef inline void write_row(
             write_hessian(batch, own, r, terms, hess + start, n, top)
             hide(mask_of(batch, row), start, hess + start, n)
         if batch.out != NULL:
-            write_gradient(batch, own, row, r, start, terms, mass, out + start, n, top)
+            results = terms if batch.stream else out + start
+            write_gradient(batch, own, row, r, start, terms, mass, results, n, top)
             if batch.transform.cap != 0.0:
-                multiply(out + start, <const floating*>pieces.chain + place, n)
-            hide(mask_of(batch, row), start, out + start, n)
+                multiply(results, <const floating*>pieces.chain + place, n)
+            hide(mask_of(batch, row), start, results, n)
+            if batch.stream:
+                stream_piece(out + start, results, n)
+
+
+# A piece of a gradient leaves past the caches, but for the ends that do not fill a line.
+cdef inline void stream_piece(floating* out, const floating* results, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t line = 64 // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    cdef Py_ssize_t body = (n - head) // line * line
+    memcpy(out, results, head * sizeof(floating))
+    if floating is float:
+        stream_float(out + head, results + head, body, 1)
+    else:
+        stream_double(out + head, results + head, body, 1)
+    memcpy(out + head + body, results + head + body, (n - head - body) * sizeof(floating))
 
 
 # A class that does not exist has gradient 0, also where mass lies on it and in rows that are nan.
@@ -561,8 +597,8 @@ cdef struct Plan:
 
 cdef Plan plan_batch(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads) noexcept nogil:
     cdef Plan plan
-    plan.block_rows = smaller(BLOCK_ROWS, larger(1, CHUNK // padded(n_classes)))
-    plan.width = padded(n_classes)
+    plan.block_rows = larger(1, CHUNK // buffer_elements(n_classes))
+    plan.width = buffer_elements(n_classes)
     plan.piece = plan.width * plan.block_rows if n_classes <= KEEP_CLASSES else CHUNK
     if n_classes <= TILE_CLASSES:
         plan.block_rows = BLOCK_ROWS
@@ -571,8 +607,7 @@ cdef Plan plan_batch(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsiz
     plan.task_rows = larger(plan.task_rows - plan.task_rows % plan.block_rows, plan.block_rows)
     plan.n_tasks = (n_rows + plan.task_rows - 1) // plan.task_rows
     plan.num_threads = 1 if is_forked_child() else <int>larger(1, smaller(num_threads, plan.n_tasks))
-    # 64 bytes more a buffer keep rows whose length is a power of two from meeting in one set of the cache.
-    plan.thread_bytes = sizeof(Own) + 4 * (plan.piece * itemsize + 64)
+    plan.thread_bytes = sizeof(Own) + 64 + 4 * (plan.piece * itemsize + SLACK_BYTES)
     plan.thread_bytes += (64 - plan.thread_bytes % 64) % 64
     return plan
 
@@ -581,10 +616,10 @@ cdef void take_task(
     const Batch* batch, const Plan* plan, char* memory, Py_ssize_t task, const floating* like
 ) noexcept nogil:
     cdef Own* own = <Own*>memory
-    cdef Py_ssize_t n_bytes = plan.piece * sizeof(floating) + 64
+    cdef Py_ssize_t n_bytes = plan.piece * sizeof(floating) + SLACK_BYTES
     cdef Py_ssize_t first = task * plan.task_rows, end = smaller(batch.n_rows, first + plan.task_rows)
     cdef Pieces pieces
-    pieces.z = <char*>(own + 1)
+    pieces.z = behind(own)
     pieces.terms = pieces.z + n_bytes
     pieces.mass = pieces.terms + n_bytes
     pieces.chain = pieces.mass + n_bytes
@@ -596,12 +631,19 @@ cdef void take_task(
         else:
             take_block(batch, own, &pieces, first, smaller(plan.block_rows, end - first), like)
         first += plan.block_rows
+    if batch.stream:
+        stream_fence()
 
 
 cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Plan plan = plan_batch(batch.n_rows, batch.n_classes, sizeof(floating), num_threads)
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t task
+    batch.stream = (
+        batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
+        and batch.kind == GRADIENT
+        and batch.out != batch.logits
+    )
     if batch.base != NULL:
         memory += place_base(batch, <floating*>memory)
     if plan.num_threads == 1:
@@ -722,6 +764,38 @@ def soft_rows(
         batch.predicted = <int64_t*>data_of(statistics[3])
         batch.correct = <uint8_t*>data_of(statistics[4])
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
+
+
+def is_mass(cnp.ndarray array, int num_threads):
+    """Return whether all numbers of a C-contiguous native float32 or float64 array are finite and >= 0."""
+    cdef const char* numbers = <const char*>cnp.PyArray_DATA(array)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(array), n_bad
+    cdef bint single = cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32
+    with nogil:
+        if single:
+            n_bad = count_bad_mass(<const float*>numbers, size, num_threads)
+        else:
+            n_bad = count_bad_mass(<const double*>numbers, size, num_threads)
+    return n_bad == 0
+
+
+cdef Py_ssize_t count_bad_mass(const floating* numbers, Py_ssize_t size, int num_threads) noexcept nogil:
+    cdef Py_ssize_t task, n_tasks = (size + KEEP_CLASSES - 1) // KEEP_CLASSES, n_bad = 0
+    if num_threads == 1 or is_forked_child() or n_tasks <= 1:
+        for task in range(n_tasks):
+            n_bad += count_bad(numbers + task * KEEP_CLASSES, smaller(KEEP_CLASSES, size - task * KEEP_CLASSES))
+    else:
+        for task in prange(n_tasks, num_threads=<int>smaller(num_threads, n_tasks), schedule="dynamic", chunksize=1):
+            n_bad += count_bad(numbers + task * KEEP_CLASSES, smaller(KEEP_CLASSES, size - task * KEEP_CLASSES))
+    return n_bad
+
+
+cdef Py_ssize_t count_bad(const floating* numbers, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int n_bad = 0
+    for i in range(n):
+        n_bad += 0 if numbers[i] >= 0 and numbers[i] < <floating>INFINITY else 1
+    return n_bad
 
 
 def activation_rows(cnp.ndarray logits, out, lse, bint logarithm, memory, int num_threads):

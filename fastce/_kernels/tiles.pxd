@@ -11,6 +11,7 @@ from fastce._kernels.general cimport (
     LOG_SOFTMAX,
     Batch,
     Own,
+    behind,
     below,
     entry,
     entry_mass,
@@ -60,7 +61,7 @@ cdef inline void take_tile(
 ) noexcept nogil:
     cdef Py_ssize_t size = BLOCK_ROWS * batch.n_classes * sizeof(floating)
     cdef Tiles tiles
-    tiles.z = <char*>(own + 1)
+    tiles.z = behind(own)
     tiles.mass = tiles.z + size
     tiles.chain = tiles.mass + size
     tiles.spare = tiles.chain + size
