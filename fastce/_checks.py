@@ -442,7 +442,8 @@ def as_sparse_targets(targets, logits_shape, axis):
     numbers = as_numbers("targets.values", values, indices.shape, "targets.indices", negative=False)
     ids, _ = as_indices("targets.indices", indices, indices.shape, logits_shape[axis], np.empty(0, np.int64))
     n_entries = indices.shape[-1]
-    return ids.reshape(-1, n_entries), numbers.reshape(-1, n_entries)
+    shape = math.prod(row_shape), n_entries
+    return ids.reshape(shape), numbers.reshape(shape)
 
 
 # ---- probabilities ----------------------------------------------------------------------------------------------

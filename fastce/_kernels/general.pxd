@@ -152,7 +152,7 @@ cdef inline void settle(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize
         if batch.losses != NULL:
             batch.losses[row] = loss
         if batch.lse != NULL:
-            batch.lse[row] = lse
+            batch.lse[row] = own.infinite[r] if batch.kind != GRADIENT and fabs(own.maximum[r]) == INFINITY else lse
         if batch.predicted != NULL:
             is_whole = is_whole and own.argmax[r] >= 0
             batch.predicted[row] = own.argmax[r] if is_whole else -1
