@@ -175,10 +175,10 @@ def plain_cross_entropy(
     )
 
 
-def cross_entropy_rows(logits, ids, losses, scale, out, num_threads, weight=None, sample_weight=None):
-    """Fill `losses` and, unless it is None, `out` with the gradients of all rows, each times `scale`.
+def cross_entropy_rows(logits, ids, losses, scale, out, hess, num_threads, weight=None, sample_weight=None):
+    """Fill `losses` and, unless they are None, `out` with the gradients of all rows, each times `scale`, and `hess`.
 
-    `logits` and `out` have any layout and dtype, class axis last; `ids`, `losses` and `sample_weight` are flat over the
+    `logits`, `out` and `hess` (which goes with `out`) have any layout and dtype, class axis last; `ids`, `losses` and `sample_weight` are flat over the
     other axes; `weight` is that of the classes; `scale` is a float or an array like `losses`.
     """
     n_rows, n_classes = len(ids), logits.shape[-1]
@@ -190,18 +190,18 @@ def cross_entropy_rows(logits, ids, losses, scale, out, num_threads, weight=None
     dtype = computing_dtype(logits.dtype)
     columns = as_columns(logits, dtype), None if out is None else as_columns(out, dtype)
     alike = out is None or (columns[1] is not None and columns[0] is not None and columns[0].shape == columns[1].shape)
-    if columns[0] is not None and alike and n_classes <= kernels.MAX_COLUMN_CLASSES:
+    if hess is None and columns[0] is not None and alike and n_classes <= kernels.MAX_COLUMN_CLASSES:
         column_rows(*columns, ids, losses, scale, scales, num_threads, weight, sample_weight)
         return
     # All memory that the walk needs is had before the first block is written.
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out, hess])
     memory = np.empty(
         kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads), "u1"
     )
-    for part, (rows,), (grads,) in walk:
+    for part, (rows,), (grads, curves) in walk:
         kernels.cross_entropy_rows(
             rows, ids[part], losses[part], scale, part_of(scales, part), grads, memory, num_threads,
-            weight, part_of(sample_weight, part),
+            weight, part_of(sample_weight, part), curves,
         )
 
 

@@ -80,9 +80,9 @@ class Problem:
         """Fill `losses` (N,) and what else is given: gradient and Hessian times `scale`, a float or one per row."""
         logits, out, hess = (classes_last(array, self.axis) for array in (self.logits, out, hess))
         sample_weight = self.sample_weight
-        if self.is_plain() and hess is None and statistics is None:
+        if self.is_plain() and statistics is None:
             _engine.cross_entropy_rows(
-                logits, self.ids_that_count(), losses, scale, out, self.num_threads, self.weight, sample_weight
+                logits, self.ids_that_count(), losses, scale, out, hess, self.num_threads, self.weight, sample_weight
             )
             return
         per_row: dict[str, Any] = {

@@ -23,6 +23,8 @@ cdef struct Batch:
     Py_ssize_t logits_stride
     char* out
     Py_ssize_t out_stride
+    char* hess              # the Hessian's diagonal, or NULL
+    Py_ssize_t hess_stride
     int64_t* ids
     double* scales
     double scale
@@ -239,6 +241,38 @@ cdef inline void pull_target(
 ) noexcept nogil:
     cdef floating* out = <floating*>(batch.out + (first + r) * batch.out_stride)
     out[batch.ids[first + r]] = <floating>(0.0 - miss_of(rows.others[r], rows.at_target[r]) * rows.scale[r])
+
+
+# The Hessian's diagonal of rows [first, first + n) from their gradients, while these are in the cache: with k the row's
+# scale the gradient is k p_c, so k p_c (1 - p_c) = g_c (1 - g_c / k), and at the target -g_t p_t. One rounding more than
+# the gradient's, relative to k p_c.
+cdef inline void curve_rows(
+    const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t r, j, t
+    cdef double scale, p
+    cdef floating single
+    cdef const floating* grad
+    cdef floating* hess
+    for r in range(n):
+        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
+        grad = <const floating*>(batch.out + (first + r) * batch.out_stride)
+        t = batch.ids[first + r]
+        scale = rows.scale[r]
+        single = <floating>scale
+        if t < 0 or scale == 0.0:
+            for j in range(batch.n_classes):
+                hess[j] = grad[j] * 0       # nan in a row that is nan
+            continue
+        if is_normal(grad, scale, 1.0):
+            for j in range(batch.n_classes):
+                hess[j] = grad[j] * (1 - grad[j] / single)
+        else:
+            for j in range(batch.n_classes):
+                p = grad[j] / scale
+                hess[j] = <floating>(grad[j] * (1.0 - p))
+        p = rows.at_target[r] / (rows.others[r] + rows.at_target[r])
+        hess[t] = <floating>(miss_of(rows.others[r], rows.at_target[r]) * p * scale)
 
 
 # Whether scale * inverse is nan or a normal number of the dtype, with room to spare, or 0 because `scale` is.

@@ -32,6 +32,7 @@ from fastce._kernels.block cimport (
     BLOCK_ROWS,
     Batch,
     Scratch,
+    curve_rows,
     finish_rows,
     has_weights,
     load_scales,
@@ -72,6 +73,7 @@ cdef enum:
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
     # large.pxd 0.32, at 4064 0.28 and 0.29 (float32, 1 thread).
     MEDIUM_CLASSES = 4096
+    HESSIAN_ELEMENTS = 32768    # of a block whose gradients are to be in the cache when the Hessian is made of them
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
@@ -101,6 +103,8 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
     plan.block_rows = BLOCK_ROWS
     if n_classes <= SMALL_CLASSES:
         plan.block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+    if batch.hess != NULL:
+        plan.block_rows = smaller(plan.block_rows, larger(1, HESSIAN_ELEMENTS // n_classes))
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
     if plan.task_rows > plan.block_rows:
         plan.task_rows -= plan.task_rows % plan.block_rows
@@ -157,6 +161,7 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     if n_rows == 0:
         return
     batch.stream = n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
+    batch.stream = batch.stream and batch.hess == NULL
     plan = plan_batch(batch, num_threads, like)
     if plan.split:
         split_rows(batch, &plan, like)
@@ -184,6 +189,8 @@ cdef void take_task(
             take_medium_rows(batch, rows, first + start, size, like)
         else:
             take_rows(batch, rows, first + start, size, like)
+        if batch.hess != NULL:
+            curve_rows(batch, rows, first + start, size, like)
     if batch.stream:
         stream_fence()
 
@@ -247,9 +254,13 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
         for r in range(batch.n_rows):
             if not split.rows[r].whole:
                 pull_target(batch, rows, 0, r, like)
+        if batch.hess != NULL:
+            curve_rows(batch, rows, 0, batch.n_rows, like)
     for r in range(batch.n_rows):
         if split.rows[r].whole:
             take_rows(batch, rows, r, 1, like)
+            if batch.hess != NULL:
+                curve_rows(batch, rows, r, 1, like)
     stream_fence()
 
 
@@ -261,25 +272,28 @@ def memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, bint wit
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
+    batch.hess = NULL
     batch.memory = NULL
     return memory_of(&batch, num_threads, single)
 
 
 def cross_entropy_rows(
     cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales, cnp.ndarray out,
-    cnp.ndarray memory, int num_threads, cnp.ndarray weight=None, cnp.ndarray sample_weight=None,
+    cnp.ndarray memory, int num_threads, cnp.ndarray weight=None, cnp.ndarray sample_weight=None, cnp.ndarray hess=None,
 ):
     """Fill `losses` (N,) float64 and, unless None, `out` (N, C) with d(sum of scale * loss)/d(logits).
 
     `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
     multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes and `sample_weight` (N,)
-    float64, or None, multiply losses and gradients; `out` may be `logits`; `memory` has as many bytes as memory_needed
-    says.
+    float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
+    derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says.
     """
     cdef Batch batch
     fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
     batch.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
+    batch.hess = NULL if hess is None else <char*>cnp.PyArray_DATA(hess)
+    batch.hess_stride = 0 if hess is None else cnp.PyArray_STRIDE(hess, 0)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
     take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
 
@@ -381,6 +395,7 @@ def plain_cross_entropy(
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
+    batch.hess = NULL
     batch.memory = NULL
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
     memory = <char*>malloc(n_rows * (sizeof(int64_t) + sizeof(double)) + n_bytes)
