@@ -173,31 +173,34 @@ def _fill(problem, from_logits, losses, scale, grad):
     for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):
         part = slice(first, stop)
         weight = None if problem.sample_weight is None else problem.sample_weight[part]
-        log_p = _log_softmax(logits[index], problem.num_threads)
-        log_q = _log_softmax(targets[index], problem.num_threads) if from_logits else None
-        divergences = _divergences(log_p, log_q, targets[index])
+        log_p = _activated(logits[index], problem.num_threads, logarithm=True)
+        log_q, q = None, targets[index]
+        if from_logits:
+            # Not e^log_q: the rounding of a large logarithm would be the error of q.
+            log_q, q = (_activated(q, problem.num_threads, logarithm=logarithm) for logarithm in (True, False))
+        divergences = _divergences(log_p, log_q, q)
         if weight is not None:
             divergences = np.where(weight == 0, 0.0, divergences * weight)
         if grad is not None:
             block = replace(
                 problem, logits=logits[index], axis=logits[index].ndim - 1, sample_weight=weight,
-                distribution=targets[index] if log_q is None else np.exp(log_q),
+                distribution=q,
             )
             block.fill(losses[part], scale[part] if isinstance(scale, np.ndarray) else scale, grad[index])
         losses[part] = divergences
 
 
-def _log_softmax(logits, num_threads):
-    """Return log_softmax of a block in float64."""
+def _activated(logits, num_threads, *, logarithm):
+    """Return the softmax of a block, or its logarithm, in float64."""
     logits = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        _engine.activation_rows(logits, logits, None, True, num_threads)
+        _engine.activation_rows(logits, logits, None, logarithm, num_threads)
     return logits
 
 
-def _divergences(log_p, log_q, targets):
-    """Return each row's divergence (flat): of exp(log_q), or of the distributions `targets` where `log_q` is None."""
-    q = targets.astype(np.float64) if log_q is None else np.exp(log_q)
+def _divergences(log_p, log_q, q):
+    """Return each row's divergence (flat) of the distributions `q`, whose logarithms may be given."""
+    q = q.astype(np.float64, copy=False)
     with np.errstate(all="ignore"):
         delta = log_p - (np.log(q) if log_q is None else log_q)
         terms = np.where(q > 0, q * _excess(delta), np.exp(log_p))
