@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastce._engine import is_mass, kernels
+from fastce._engine import first_outside, is_mass, kernels, sum_of_entries
 
 INT64_MAX = np.iinfo(np.int64).max
 REDUCTIONS = ("none", "mean", "sum")
@@ -575,3 +575,138 @@ def check_distributions(q, place):
         return
     row, column = np.argwhere(~((q >= 0) & (q < math.inf)))[0]
     raise ValueError(f"targets: distributions must be finite and >= 0, got {q[row, column]:.9g} in {place(row)}")
+
+
+# ---- binary ----
+
+LARGEST = np.finfo(np.float64).max
+
+
+def as_entry_logits(logits):
+    """Return `logits` as a plain floating array with any number of axes."""
+    array = as_plain_array("logits", logits)
+    if not is_floating(array.dtype):
+        raise TypeError(
+            f"logits must be a float16, bfloat16, float32 or float64 array, got {array.dtype}; "
+            "convert with .astype(np.float32)"
+        )
+    return array
+
+
+def as_entry_targets(targets, shape):
+    """Return `targets` as an array that broadcasts to `shape`; check_entry_targets looks at their values."""
+    array = as_plain_array("targets", targets)
+    if array.dtype.kind not in "biu" and not is_floating(array.dtype):
+        raise TypeError(f"targets must be floating, integer or bool, got {array.dtype}")
+    check_broadcasts("targets", array, shape)
+    return array
+
+
+def check_broadcasts(name, array, shape):
+    """Raise unless `array` broadcasts to `shape`, that of the logits; say which likely mistake was made."""
+    try:
+        np.broadcast_to(array, shape)
+    except ValueError:
+        hint = ""
+        if array.shape == (*shape, 1):
+            hint = f"; drop the last axis with {name}[..., 0]"
+        elif (*array.shape, 1) == shape:
+            hint = f"; add the last axis with {name}[..., np.newaxis]"
+        elif len(shape) == 2 and array.shape == shape[::-1]:
+            hint = "; the axes look transposed"
+        elif array.size > math.prod(shape):
+            hint = "; logits are not broadcast to other arguments"
+        raise ValueError(
+            f"{name} must broadcast to the shape of logits, {shape}, got shape {array.shape}{hint}"
+        ) from None
+
+
+def check_entry_targets(array, sample_weight, shape, num_threads):
+    """Raise unless all `array` holds is in [0, 1], but for entries whose weight is 0."""
+    if not isinstance(sample_weight, np.ndarray):
+        if sample_weight == 0:
+            return
+        shape = array.shape
+    first = first_outside(array, sample_weight, shape, 0.0, 1.0, num_threads)
+    if first < 0:
+        return
+    where, value = entry_at("targets", array, shape, first)
+    if array.dtype.kind in "iu":
+        hint = "; class ids go to cross_entropy"
+        if value == -1:
+            hint = "; leave entries out with sample_weight 0, or pass (targets + 1) / 2 for labels -1 and 1"
+        raise ValueError(f"targets must be 0 or 1, got {where} = {value}{hint}")
+    raise ValueError(f"targets must be in [0, 1], got {where} = {value}")
+
+
+def entry_at(name, array, shape, number):
+    """Return (how to write entry `number` of `array` broadcast to `shape`, its value)."""
+    position = np.unravel_index(number, shape) if shape else ()
+    position = position[len(shape) - array.ndim :]
+    index = tuple(int(i) if length > 1 else 0 for i, length in zip(position, array.shape, strict=True))
+    where = f"{name}[{', '.join(map(str, index))}]" if index else name
+    return where, array[index]
+
+
+def as_pos_weight(pos_weight, shape, num_threads):
+    """Return (pos_weight as None, a float or an array that broadcasts to `shape`; whether it is of extreme size)."""
+    array = as_entry_weight("pos_weight", pos_weight, shape)
+    if array is None or first_outside(array, array, array.shape, 2.0**-30, 2.0**32, num_threads) < 0:
+        return as_float_if_one(array), False
+    check_entries("pos_weight", array, 0.0, num_threads, "finite and >= 0")
+    return as_float_if_one(array), True
+
+
+def as_entry_sample_weight(sample_weight, shape, num_threads):
+    """Return (sample_weight as None, a float or an array that broadcasts to `shape`; its sum over all entries)."""
+    n_entries = math.prod(shape)
+    array = as_entry_weight("sample_weight", sample_weight, shape)
+    if array is None:
+        return None, float(n_entries)
+    total = sum_of_entries(array, num_threads)
+    if not math.isfinite(total):
+        check_entries("sample_weight", array, -LARGEST, num_threads, "finite")
+    return as_float_if_one(array), total * (n_entries // array.size) if n_entries else 0.0
+
+
+def as_entry_weight(name, weight, shape):
+    """Return `weight` as None or a real array that broadcasts to `shape`."""
+    if weight is None:
+        return None
+    array = as_plain_array(name, weight)
+    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    check_broadcasts(name, array, shape)
+    return array
+
+
+def as_float_if_one(array):
+    """Return an array of one number as a float, others and None as they are."""
+    return float(array.reshape(())) if array is not None and array.size == 1 else array
+
+
+def check_entries(name, array, low, num_threads, expected):
+    """Raise unless all of `array` is finite and >= `low`."""
+    first = first_outside(array, None, array.shape, low, LARGEST, num_threads)
+    if first >= 0:
+        where, value = entry_at(name, array, array.shape, first)
+        raise ValueError(f"{name} must be {expected}, got {where} = {value}")
+
+
+def as_entry_factors(grad_output, reduction, shape):
+    """Return (factor of all gradients, factor of each entry's gradient or None); the array is not copied."""
+    if grad_output is None:
+        return 1.0, None
+    array = as_plain_array("grad_output", grad_output)
+    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
+        raise TypeError(f"grad_output must be real numbers, got {array.dtype}")
+    if array.ndim == 0:
+        return float(array), None
+    if reduction != "none":
+        raise ValueError(
+            f"grad_output must be a scalar with reduction={reduction!r}, got an array of shape {array.shape}; "
+            "an array goes with reduction='none'"
+        )
+    if array.shape != shape:
+        raise ValueError(f"grad_output must have the shape of logits, {shape}, got {array.shape}")
+    return 1.0, array

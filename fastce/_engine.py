@@ -56,6 +56,7 @@ def load_module(name):
 
 TARGET, kernels = load_kernels()
 soft = load_module("soft")
+binary = load_module("binary")
 
 
 def build_info():
@@ -430,3 +431,165 @@ def row_blocks(row_shape, limit):
     for i in range(row_shape[0]):
         for index, first, stop in row_blocks(row_shape[1:], limit):
             yield (i, *index), i * below + first, i * below + stop
+
+
+# ---- entries -------------------------------------------------------------------------------------------------------
+
+# Entries whose losses are summed by themselves (binary.pyx); buffers and slabs hold a whole number of such blocks.
+SUM_BLOCK = 512
+
+
+def plain_binary(logits, targets, out, with_grad):
+    """Return (mean loss, gradient or None) of a call without options on plain arrays, or None if it is not one."""
+    return binary.plain_binary(logits, targets, out, with_grad, SERIAL_ELEMENTS, default_threads)
+
+
+def binary_entries(
+    logits, targets, pos_weight, sample_weight, grad_output, smoothing, scale, wide, losses, out, num_threads
+):
+    """Return (sum of the losses, whether all targets are in [0, 1]); fill, unless they are None, `losses` and `out`.
+
+    `logits` and `out` have any layout and dtype; the next four are a number, None or an array of any layout that
+    broadcasts to the logits' shape; `losses` is a new array; `out` gets the gradient times `scale`; `wide` has float32
+    computed in float64.
+    """
+    shape, n_entries = logits.shape, logits.size
+    dtype = computing_dtype(logits.dtype)
+    read = [
+        Entries(logits, shape, dtype),
+        entries_of(targets, shape, integers=True),
+        *(entries_of(value, shape) for value in (pos_weight, sample_weight, grad_output)),
+    ]
+    gradient = None if out is None else Entries(out, shape, dtype)
+    step = give_buffers([*read, gradient], n_entries)
+    sums = np.empty(-(-n_entries // SUM_BLOCK))
+    num_threads = threads_for(n_entries, num_threads)
+    inside = True
+    for first in range(0, n_entries, step):
+        stop = min(first + step, n_entries)
+        inside &= binary.binary_entries(
+            *(filled_part(argument, first, stop) for argument in read), smoothing, scale, wide,
+            None if losses is None else losses.reshape(-1)[first:stop], sums[first // SUM_BLOCK :],
+            None if gradient is None else gradient.part(first, stop), num_threads,
+        )  # fmt: skip
+        if gradient is not None:
+            gradient.store(first, stop)
+    return binary.sum_of_blocks(sums), inside
+
+
+def first_outside(values, sample_weight, shape, low, high, num_threads):
+    """Return the number, in C order, of the first entry with value outside [low, high] and weight not 0, or -1.
+
+    Both arguments are numbers, None or arrays that broadcast to `shape`.
+    """
+    arguments = [entries_of(values, shape, integers=high == 1), entries_of(sample_weight, shape)]
+    n_entries = math.prod(shape)
+    step = give_buffers(arguments, n_entries)
+    num_threads = threads_for(n_entries, num_threads)
+    for first in range(0, n_entries, step):
+        stop = min(first + step, n_entries)
+        parts = [filled_part(argument, first, stop) for argument in arguments]
+        at = binary.first_outside(*parts, stop - first, low, high, num_threads)
+        if at >= 0:
+            return first + at
+    return -1
+
+
+def sum_of_entries(array, num_threads):
+    """Return the sum of a real array of any layout in float64; its bits depend on values and shape alone."""
+    entries = entries_of(array, array.shape)
+    step = give_buffers([entries], array.size)
+    sums = np.empty(-(-array.size // SUM_BLOCK))
+    num_threads = threads_for(array.size, num_threads)
+    for first in range(0, array.size, step):
+        part = filled_part(entries, first, min(first + step, array.size))
+        binary.sum_in_blocks(part, sums[first // SUM_BLOCK :], num_threads)
+    return binary.sum_of_blocks(sums)
+
+
+class Entries:
+    """An array as numbers in a row, in C order: where they lie, or part by part through a buffer."""
+
+    def __init__(self, array, shape, dtype):
+        self.array = array if array.shape == shape else np.broadcast_to(array, shape)
+        self.dtype = dtype
+        flags = self.array.flags
+        self.lies = flags.c_contiguous and flags.aligned and array.dtype == dtype
+        # What lies elsewhere is given a buffer by give_buffers.
+        self.memory = self.array.view(np.ndarray).reshape(-1) if self.lies else np.empty(0, dtype)
+
+    def part(self, first, stop):
+        """Return entries `first` to `stop`, or the place in the buffer for them."""
+        return self.memory[first:stop] if self.lies else self.memory[: stop - first]
+
+    def load(self, first, stop):
+        """Bring entries into the buffer."""
+        for box, place in self.boxes(first, stop):
+            np.copyto(place, box, casting="unsafe")
+
+    def store(self, first, stop):
+        """Bring entries from the buffer to where they belong, rounded to the array's dtype."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            for box, place in self.boxes(first, stop):
+                np.copyto(box, place, casting="unsafe")
+
+    def boxes(self, first, stop):
+        """Yield (view of the array, view of the buffer) pairs that cover the entries, unless they lie in a row."""
+        if not self.lies:
+            for index, start, end in boxes(self.array.shape, first, stop):
+                box = self.array[index]
+                yield box, self.memory[start - first : end - first].reshape(box.shape)
+
+
+def entries_of(value, shape, *, integers=False):
+    """Return an array as Entries of a dtype that the kernels read, exactly; a number or None as it is.
+
+    `integers` are read as such only where all but 0 and 1 is refused.
+    """
+    if not isinstance(value, np.ndarray):
+        return value
+    dtype = value.dtype.newbyteorder("=")
+    if dtype.kind in "biu":
+        dtype = dtype if integers else np.dtype(np.float64)
+    elif dtype.itemsize == 2:
+        dtype = np.dtype(np.float32)
+    return Entries(value, shape, dtype)
+
+
+def give_buffers(arguments, n_entries):
+    """Give a buffer to each argument that does not lie as the kernels want it; return the entries of a step."""
+    walking = [entries for entries in arguments if isinstance(entries, Entries) and not entries.lies]
+    step = BUFFER_ELEMENTS if walking else SLAB_ELEMENTS
+    for entries in walking:
+        entries.memory = np.empty(min(step, n_entries), entries.dtype)
+    return step
+
+
+def filled_part(argument, first, stop):
+    """Return a part of Entries that holds their numbers; a number or None is the same for every part."""
+    if not isinstance(argument, Entries):
+        return argument
+    argument.load(first, stop)
+    return argument.part(first, stop)
+
+
+def boxes(shape, first, stop):
+    """Yield (index, start, end): boxes of an array that together hold the entries `first` to `stop` of its C order.
+
+    ``array[index]`` holds those from `start` to `end`.
+    """
+    if not shape:
+        yield (...,), first, stop
+        return
+    below = math.prod(shape[1:])
+    while first < stop:
+        i, offset = divmod(first, below)
+        whole = 0 if offset else (stop - first) // below
+        if whole:
+            end = first + whole * below
+            yield (slice(i, i + whole), ...), first, end
+        else:
+            end = min(stop, (i + 1) * below)
+            for index, start, part_end in boxes(shape[1:], offset, end - i * below):
+                yield (i, *index), start + i * below, part_end + i * below
+        first = end

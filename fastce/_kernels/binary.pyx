@@ -1,0 +1,683 @@
+"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the compiled entry points, the division of a batch.
+
+Compiled once per CPU target (setup.py), float32 and float64 from one text. The kernels know pointers, lengths and
+numbers and trust them; only the plain call looks its targets through on the way.
+
+An entry has a logit x, the coefficient a = pos_weight * y' of softplus(-x) and b = 1 - y' of softplus(x). With
+E = e^-|x| no sum below cancels, but for the two terms of the gradient of a target between 0 and 1:
+
+    loss = (a + b) log1p(E) + h |x|,   h = b if x > 0 else a      as softplus(|x|) = |x| + log1p(E)
+    grad = (b - a E) / (1 + E)   if x > 0                         as sigmoid(|x|) = 1 / (1 + E)
+         = (b E - a) / (1 + E)   otherwise
+
+Rounding in units of u = 2^-24 (2^-53). Loss: E 1.2, log1p 2.2, a + b 2, the product with |x| and the sum 1.5; together
+7 u = 4.2e-7 (7.8e-16). Gradient: E 1.2, a and b 1, the numerator 1 (2 without fused multiply-add), 1 + E 1, the quotient
+1, the scale 1, its product 1; together 8 u = 4.8e-7 (8.9e-16) at worst. Weights of entries multiply in float64. What may
+leave the range of float32, entries with a pos_weight and gradients with an extreme scale, is computed in float64
+throughout.
+
+Losses are summed in float64, each block in fixed lanes, then the blocks in pairs: neither the number of threads nor the
+layout changes a bit.
+"""
+
+from cython.parallel cimport prange
+from libc.math cimport INFINITY, copysign, copysignf, fabs
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+cimport numpy as cnp
+
+from fastce._kernels.lanes cimport larger, smaller
+from fastce._kernels.vexp cimport (
+    ExpWindow,
+    bits_of_float,
+    double_of_bits,
+    exp_shifted,
+    exp_window,
+    floating,
+    multiply_add_double,
+    multiply_add_float,
+    run_time_value,
+)
+
+cdef extern from "target.h" nogil:
+    int watch_forks "fastce_watch_forks" ()
+    bint is_forked_child "fastce_is_forked_child" ()
+
+cnp.import_array()
+watch_forks()
+
+cdef enum:
+    BLOCK = 512             # entries that are summed by themselves; all of a block's arrays fit the L1 cache
+    LANES = 16              # of a block's sum: one 512-bit vector of float32
+    TASK_BLOCKS = 32        # the least that a thread takes at a time
+    TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
+    GIL_ENTRIES = 4096      # batches below keep the GIL: handing it over and back costs more than 1 us of work
+    PLAIN_ENTRIES = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
+
+# The dtype of logits, losses and gradients, where it is not the one that computes.
+ctypedef fused stored:
+    float
+    double
+
+ctypedef fused signed_integer:
+    int8_t
+    int16_t
+    int32_t
+    int64_t
+
+
+# One number per entry, or one for all.
+cdef struct Numbers:
+    char* data              # NULL: it is `constant`
+    int kind                # NumPy's number of the dtype
+    double constant
+
+
+# One call's entries. `losses` and `out` are NULL where they are not wanted.
+cdef struct Batch:
+    Py_ssize_t n
+    char* logits
+    Numbers targets
+    Numbers pos_weight
+    Numbers sample_weight
+    Numbers grad_output
+    double smoothing
+    double scale            # of the gradient
+    char* losses
+    double* sums            # of the losses of each block
+    char* out
+    bint plain              # the targets alone are the coefficients
+    bint weighted           # entries differ in sample_weight or grad_output
+
+
+# ---- an entry ------------------------------------------------------------------------------------------------------
+
+# both * log1p(e) + rest for 0 <= e <= 1, given both * e; nan stays nan. float32: log1p(e) = e * P(e), the error of P
+# alone is 2^-27.3 (tools/coefficients.py). float64: with 1 + e = 2^k (1 + f), -0.3 < f < 0.42, the series of vexp.pxd's
+# log_mantissa, as what must be added to e.
+cdef inline floating add_log1p(floating both, floating both_e, floating e, floating rest) noexcept nogil:
+    cdef floating p, f, s, z, half, exponent
+    if floating is float:
+        p = multiply_add_float(<float>-0.0032268476206809282, e, <float>0.01978927105665207)
+        p = multiply_add_float(p, e, <float>-0.056879717856645584)
+        p = multiply_add_float(p, e, <float>0.10600581020116806)
+        p = multiply_add_float(p, e, <float>-0.15307912230491638)
+        p = multiply_add_float(p, e, <float>0.1967887133359909)
+        p = multiply_add_float(p, e, <float>-0.24955375492572784)
+        p = multiply_add_float(p, e, <float>0.3333020508289337)
+        p = multiply_add_float(p, e, <float>-0.4999992251396179)
+        p = multiply_add_float(p, e, <float>1.0)
+        return multiply_add_float(both_e, p, rest)
+    else:
+        f = 0.5 * e - 0.5 if e > 0.41421356237309503 else e
+        exponent = 0.6931471805599453 if e > 0.41421356237309503 else 0.0
+        s = f / (2.0 + f)
+        z = s * s
+        half = 0.5 * f * f
+        p = multiply_add_double(0.14799487338447104, z, 0.1531368752092411)
+        p = multiply_add_double(p, z, 0.1818357906686337)
+        p = multiply_add_double(p, z * z, multiply_add_double(0.22222198273544116, z, 0.28571428745551214))
+        p = multiply_add_double(p, z * z, multiply_add_double(0.3999999999939863, z, 0.6666666666666737))
+        p = (exponent + (f - e)) - (half - s * multiply_add_double(z, p, half))
+        return both_e + multiply_add_double(both, p, rest)
+
+
+cdef inline floating multiply_add(floating a, floating b, floating c) noexcept nogil:
+    if floating is float:
+        return multiply_add_float(a, b, c)
+    else:
+        return multiply_add_double(a, b, c)
+
+
+cdef inline floating below_zero(floating x) noexcept nogil:
+    if floating is float:
+        return copysignf(x, -1.0)
+    else:
+        return copysign(x, -1.0)
+
+
+# ---- a block of entries --------------------------------------------------------------------------------------------
+# One loop for the exponentials and one for the rest: in one, an entry is a chain of 90 cycles, of which the processor
+# does not look far enough ahead to overlap as many as it could (0.67 instead of 0.50 ns an entry).
+
+# e[i] = e^-|x[i]| * 2^-shift. The window's low clamp takes care of any size, infinity included; there is nothing to
+# clamp above.
+cdef inline void set_exponentials(const floating* x, Py_ssize_t n, floating* e, double shift) noexcept nogil:
+    cdef ExpWindow window = exp_window(x, run_time_value(shift), 0.0)
+    cdef floating low = <floating>window.low, magic = <floating>window.magic
+    cdef Py_ssize_t i
+    for i in range(n):
+        e[i] = exp_shifted(below_zero(x[i]), <floating>0.0, low, <floating>INFINITY, magic)
+
+
+# The same without a shift, and whether all y are in [0, 1], which costs nothing beside the arithmetic: as integers, the
+# bits of all other numbers are above those of 1 (-0.0 is made 0.0).
+cdef inline bint set_exponentials_and_look(
+    const floating* x, const floating* y, Py_ssize_t n, floating* e
+) noexcept nogil:
+    cdef ExpWindow window = exp_window(x, run_time_value(0.0), 0.0)
+    cdef floating low = <floating>window.low, magic = <floating>window.magic
+    cdef uint32_t bits, largest = 0
+    cdef int64_t outside = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        e[i] = exp_shifted(below_zero(x[i]), <floating>0.0, low, <floating>INFINITY, magic)
+        if floating is float:
+            bits = bits_of_float(y[i] + <float>0.0)
+            largest = bits if bits > largest else largest
+        else:
+            outside += 0 if y[i] >= 0 and y[i] <= 1 else 1
+    return largest <= 0x3f800000 and not outside
+
+
+# near * x is h |x|. Where it is 0 * infinity it is 0: an infinite logit on its target's side costs nothing. A nan comes
+# in through e.
+cdef inline floating product_of(floating near, floating x) noexcept nogil:
+    return near * (x if near != 0 else <floating>0.0)
+
+
+# Plain targets: b = 1 - a. `slope` is NULL where no gradient is wanted.
+cdef inline void take_plain(
+    const floating* x, const floating* a, const floating* e, Py_ssize_t n, floating scale, floating* loss,
+    floating* slope,
+) noexcept nogil:
+    cdef floating b, near, far
+    cdef Py_ssize_t i
+    if slope == NULL:
+        for i in range(n):
+            near = <floating>1.0 - a[i] if x[i] > 0 else -a[i]
+            loss[i] = add_log1p(<floating>1.0, e[i], e[i], product_of(near, x[i]))
+        return
+    for i in range(n):
+        b = <floating>1.0 - a[i]
+        near = b if x[i] > 0 else -a[i]
+        far = -a[i] if x[i] > 0 else b
+        loss[i] = add_log1p(<floating>1.0, e[i], e[i], product_of(near, x[i]))
+        slope[i] = multiply_add(far, e[i], near) / (<floating>1.0 + e[i]) * scale
+
+
+# Any coefficients. Exponentials come times 2^32, so that a product with a large coefficient keeps its digits where they
+# alone would be below the dtype's normal numbers.
+cdef inline void take_any(
+    const floating* x, const floating* a, const floating* b, const floating* e, Py_ssize_t n, floating scale,
+    floating* loss, floating* slope,
+) noexcept nogil:
+    cdef floating down = <floating>2.3283064365386963e-10
+    cdef floating both, near, far
+    cdef Py_ssize_t i
+    if slope == NULL:
+        for i in range(n):
+            near = b[i] if x[i] > 0 else -a[i]
+            both = a[i] + b[i]
+            loss[i] = add_log1p(both, both * down * e[i], e[i] * down, product_of(near, x[i]))
+        return
+    for i in range(n):
+        near = b[i] if x[i] > 0 else -a[i]
+        far = -a[i] if x[i] > 0 else b[i]
+        both = a[i] + b[i]
+        loss[i] = add_log1p(both, both * down * e[i], e[i] * down, product_of(near, x[i]))
+        slope[i] = multiply_add(far * down, e[i], near) / (<floating>1.0 + e[i] * down) * scale
+
+
+# The sum of a block, in an order that depends on its length alone: four by four in the dtype, then in float64.
+cdef inline double sum_of(const floating* x, Py_ssize_t n) noexcept nogil:
+    cdef double[LANES] lanes
+    cdef floating[4 * LANES] rest
+    cdef double total
+    cdef Py_ssize_t i, lane
+    for lane in range(LANES):
+        lanes[lane] = 0.0
+    for i in range(n // (4 * LANES)):
+        add_quarters(x + i * 4 * LANES, lanes)
+    if n % (4 * LANES):
+        for lane in range(4 * LANES):
+            rest[lane] = <floating>0.0
+        memcpy(rest, x + (n - n % (4 * LANES)), n % (4 * LANES) * sizeof(floating))
+        add_quarters(rest, lanes)
+    for lane in range(8):
+        lanes[lane] += lanes[lane + 8]
+    total = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]))
+    if floating is float:
+        if not fabs(total) < INFINITY:
+            total = 0.0
+            for i in range(n):
+                total += x[i]
+    return total
+
+
+cdef inline void add_quarters(const floating* x, double* lanes) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        lanes[lane] += (x[lane] + x[lane + LANES]) + (x[lane + 2 * LANES] + x[lane + 3 * LANES])
+
+
+cdef double pairwise_sum(const double* x, Py_ssize_t n) noexcept nogil:
+    cdef double total = 0.0
+    cdef Py_ssize_t i
+    if n > 16:
+        return pairwise_sum(x, n // 2) + pairwise_sum(x + n // 2, n - n // 2)
+    for i in range(n):
+        total += x[i]
+    return total
+
+
+cdef inline Py_ssize_t count_outside(const floating* x, Py_ssize_t n, floating low, floating high) noexcept nogil:
+    cdef int32_t count = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        count += 0 if x[i] >= low and x[i] <= high else 1
+    return count
+
+
+# Integers become floating without an instruction that AVX2 lacks: 1.5 * 2^52 + t, by its bits, minus 1.5 * 2^52. Beyond
+# 2^51 that is another number, but never 0 or 1.
+cdef inline void load_integers(const signed_integer* t, Py_ssize_t n, floating* into) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        if signed_integer is int64_t:
+            into[i] = <floating>(double_of_bits(<uint64_t>t[i] + <uint64_t>0x4338000000000000) - 6755399441055744.0)
+        else:
+            into[i] = <floating>t[i]
+
+
+cdef inline void load(const Numbers* numbers, Py_ssize_t first, Py_ssize_t n, floating* into) noexcept nogil:
+    cdef Py_ssize_t i
+    if numbers.data == NULL:
+        for i in range(n):
+            into[i] = <floating>numbers.constant
+    elif numbers.kind == cnp.NPY_FLOAT64:
+        for i in range(n):
+            into[i] = <floating>(<double*>numbers.data)[first + i]
+    elif numbers.kind == cnp.NPY_FLOAT32:
+        for i in range(n):
+            into[i] = <floating>(<float*>numbers.data)[first + i]
+    elif numbers.kind == cnp.NPY_INT64:
+        load_integers(<const int64_t*>numbers.data + first, n, into)
+    elif numbers.kind == cnp.NPY_INT32:
+        load_integers(<const int32_t*>numbers.data + first, n, into)
+    elif numbers.kind == cnp.NPY_INT16:
+        load_integers(<const int16_t*>numbers.data + first, n, into)
+    else:
+        load_integers(<const int8_t*>numbers.data + first, n, into)
+
+
+cdef inline int kind_of(const floating* like) noexcept nogil:
+    if floating is float:
+        return cnp.NPY_FLOAT32
+    else:
+        return cnp.NPY_FLOAT64
+
+
+# Entries [first, first + n), n <= BLOCK; returns whether all targets are in [0, 1].
+cdef bint take_block(
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* kept
+) noexcept nogil:
+    cdef floating[BLOCK] logits, positive, negative, e, loss, slopes
+    cdef const floating* x = <const floating*>batch.logits + first
+    cdef const floating* a = positive
+    cdef floating* slope = slopes
+    cdef floating scale = <floating>(1.0 if batch.weighted else batch.scale)
+    cdef stored* losses = <stored*>batch.losses + first
+    cdef stored* out = <stored*>batch.out + first
+    cdef Py_ssize_t i
+    cdef bint inside
+    # In vectors, what is written must lie apart from what is read.
+    if sizeof(floating) != sizeof(stored) or batch.out == batch.logits:
+        x = logits
+        for i in range(n):
+            logits[i] = <floating>(<const stored*>batch.logits)[first + i]
+    if batch.out == NULL:
+        slope = NULL
+    elif sizeof(floating) == sizeof(stored) and not batch.weighted:
+        slope = <floating*>out
+    if batch.plain:
+        if batch.targets.data != NULL and batch.targets.kind == kind_of(like):
+            a = <const floating*>batch.targets.data + first
+        else:
+            load(&batch.targets, first, n, positive)
+        inside = set_exponentials_and_look(x, a, n, e)
+        take_plain(x, a, e, n, scale, loss, slope)
+    else:
+        inside = set_coefficients(batch, first, n, positive, negative)
+        set_exponentials(x, n, e, -32.0)
+        take_any(x, positive, negative, e, n, scale, loss, slope)
+
+    if batch.weighted:
+        finish_weighted(batch, first, n, loss, slope, losses, out)
+        return inside
+    batch.sums[first // BLOCK] = sum_of(loss, n)
+    if batch.losses != NULL:
+        for i in range(n):
+            losses[i] = <stored>loss[i]
+    if batch.out != NULL and sizeof(floating) != sizeof(stored):
+        for i in range(n):
+            out[i] = <stored>slope[i]
+    return inside
+
+
+# a = pos_weight * y' and b = 1 - y', y' = (1-e) y + e/2, each rounded once. Returns whether all y are in [0, 1].
+cdef inline bint set_coefficients(
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, floating* positive, floating* negative
+) noexcept nogil:
+    cdef double[BLOCK] y
+    if batch.targets.data != NULL and batch.targets.kind == cnp.NPY_FLOAT32:
+        return set_coefficients_of(<const float*>batch.targets.data + first, batch, first, n, positive, negative)
+    load(&batch.targets, first, n, y)
+    return set_coefficients_of(<const double*>y, batch, first, n, positive, negative)
+
+
+cdef inline bint set_coefficients_of(
+    const stored* y, const Batch* batch, Py_ssize_t first, Py_ssize_t n, floating* positive, floating* negative
+) noexcept nogil:
+    cdef double[BLOCK] weight
+    cdef double kept = 1.0 - batch.smoothing, half = 0.5 * batch.smoothing, every = batch.pos_weight.constant
+    cdef Py_ssize_t i
+    if batch.pos_weight.data == NULL:
+        for i in range(n):
+            positive[i] = <floating>(every * multiply_add_double(kept, y[i], half))
+            negative[i] = <floating>multiply_add_double(kept, 1.0 - y[i], half)
+    else:
+        load(&batch.pos_weight, first, n, weight)
+        for i in range(n):
+            positive[i] = <floating>(weight[i] * multiply_add_double(kept, y[i], half))
+            negative[i] = <floating>multiply_add_double(kept, 1.0 - y[i], half)
+    return count_outside(y, n, <stored>0.0, <stored>1.0) == 0
+
+
+# Entries of sample_weight 0 are left out, whatever they hold: their 0 is chosen, not multiplied.
+cdef inline void finish_weighted(
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* loss, const floating* slope, stored* losses,
+    stored* out,
+) noexcept nogil:
+    cdef double[BLOCK] weight, factor, weighted
+    cdef double every = batch.grad_output.constant * batch.scale
+    cdef Py_ssize_t i
+    load(&batch.sample_weight, first, n, weight)
+    for i in range(n):
+        weighted[i] = 0.0 if weight[i] == 0 else loss[i] * weight[i]
+    batch.sums[first // BLOCK] = sum_of(weighted, n)
+    if batch.losses != NULL:
+        for i in range(n):
+            losses[i] = <stored>weighted[i]
+    if batch.out == NULL:
+        return
+    if batch.grad_output.data == NULL:
+        for i in range(n):
+            out[i] = <stored>(0.0 if weight[i] == 0 else slope[i] * (weight[i] * every))
+    else:
+        load(&batch.grad_output, first, n, factor)
+        for i in range(n):
+            out[i] = <stored>(0.0 if weight[i] == 0 else slope[i] * (weight[i] * (factor[i] * every)))
+
+
+# ---- a batch -------------------------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
+    return (n + BLOCK - 1) // BLOCK
+
+
+# How many entries a task has: whole blocks, small enough to share the work evenly, large enough to hide that sharing
+# costs a microsecond or two.
+cdef inline Py_ssize_t task_entries(Py_ssize_t n, int num_threads) noexcept nogil:
+    return larger(TASK_BLOCKS, blocks_of(n) // (TASKS_PER_THREAD * num_threads)) * BLOCK
+
+
+# One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
+cdef int team_of(Py_ssize_t n, int num_threads) noexcept nogil:
+    if num_threads == 1 or is_forked_child():
+        return 1
+    return <int>smaller(num_threads, (n + task_entries(n, num_threads) - 1) // task_entries(n, num_threads))
+
+
+# The whole batch; returns how many blocks have targets outside [0, 1].
+cdef Py_ssize_t take_batch(const Batch* batch, int num_threads, const floating* like, const stored* kept) noexcept nogil:
+    cdef Py_ssize_t size = task_entries(batch.n, num_threads)
+    cdef Py_ssize_t task, outside = 0
+    num_threads = team_of(batch.n, num_threads)
+    if num_threads == 1:
+        return take_entries(batch, 0, batch.n, like, kept)
+    for task in prange((batch.n + size - 1) // size, num_threads=num_threads, schedule="dynamic", chunksize=1):
+        outside += take_entries(batch, task * size, smaller(size, batch.n - task * size), like, kept)
+    return outside
+
+
+cdef Py_ssize_t take_entries(
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* kept
+) noexcept nogil:
+    cdef Py_ssize_t i, outside = 0
+    for i in range(blocks_of(n)):
+        outside += not take_block(batch, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like, kept)
+    return outside
+
+
+# In float64 where float32 might leave its range.
+cdef Py_ssize_t take_any_batch(Batch* batch, int num_threads, bint single, bint wide) noexcept nogil:
+    if not single:
+        return take_batch(batch, num_threads, <const double*>NULL, <const double*>NULL)
+    if wide:
+        return take_batch(batch, num_threads, <const double*>NULL, <const float*>NULL)
+    return take_batch(batch, num_threads, <const float*>NULL, <const float*>NULL)
+
+
+# Whether a product with `scale` stays among the normal float32 numbers when the other factor does not leave [2^-62, 1].
+cdef inline bint is_extreme(double scale) noexcept nogil:
+    return scale != 0 and not 2.168404344971009e-19 <= fabs(scale) <= 1.8446744073709552e19
+
+
+# ---- entry points --------------------------------------------------------------------------------------------------
+
+def binary_entries(
+    cnp.ndarray logits, targets, pos_weight, sample_weight, grad_output, double smoothing, double scale,
+    bint wide, cnp.ndarray losses, cnp.ndarray sums, cnp.ndarray out, int num_threads,
+):
+    """Fill `sums` (one float64 for each 512 entries) and, unless None, `losses` and `out` with scale * d(loss)/d(logit).
+
+    Returns whether all targets are in [0, 1].
+
+    Arrays are flat, contiguous, aligned and native. `logits`, `losses` and `out` (which may be `logits`) have one
+    floating dtype; the others are a number for all entries or an array: `targets` of any integer dtype, bool, float32
+    or float64, the weights float32 or float64. `wide` has float32 entries computed in float64.
+    """
+    cdef Batch batch
+    cdef bint single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
+    cdef Py_ssize_t outside
+    batch.n = cnp.PyArray_SIZE(logits)
+    batch.logits = <char*>cnp.PyArray_DATA(logits)
+    batch.targets = numbers_of(targets)
+    batch.pos_weight = numbers_of(pos_weight)
+    batch.sample_weight = numbers_of(sample_weight)
+    batch.grad_output = numbers_of(grad_output)
+    batch.smoothing = smoothing
+    batch.scale = scale
+    batch.losses = NULL if losses is None else <char*>cnp.PyArray_DATA(losses)
+    batch.sums = <double*>cnp.PyArray_DATA(sums)
+    batch.out = NULL if out is None else <char*>cnp.PyArray_DATA(out)
+    batch.plain = pos_weight is None and smoothing == 0 and is_exact(batch.targets.kind, single)
+    batch.weighted = sample_weight is not None or grad_output is not None
+    with nogil:
+        outside = take_any_batch(&batch, num_threads, single, wide or is_extreme(scale))
+    return outside == 0
+
+
+# The plain case in one call: C-contiguous native logits and targets of one shape, no options, the mean. Whatever is not
+# plain, errors included, is left to the general way: the answer is None and nothing that the caller has was written.
+def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries, choose_threads):
+    """Return (mean loss, gradient or None) of a plain call, or None if it is not one."""
+    cdef Batch batch
+    cdef Py_ssize_t outside
+    cdef int num_threads = 1
+    cdef int kind
+    cdef double total
+    cdef bint single
+    if not (is_plain(logits) and is_plain(targets) and cnp.PyArray_SAMESHAPE(logits, targets)):
+        return None
+    kind = cnp.PyArray_TYPE(logits)
+    single = kind == cnp.NPY_FLOAT32
+    batch.n = cnp.PyArray_SIZE(logits)
+    if (
+        kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+        or not is_target_kind(cnp.PyArray_TYPE(targets))
+        or batch.n == 0
+        or batch.n > PLAIN_ENTRIES
+        or (out is not None and not is_plain_out(out, logits, targets))
+    ):
+        return None
+    if batch.n >= serial_entries:
+        num_threads = choose_threads()
+    batch.targets = numbers_of(targets)
+    batch.pos_weight = numbers_of(None)
+    batch.smoothing = 0.0
+    batch.scale = 1.0 / batch.n
+    batch.losses = NULL
+    batch.plain = is_exact(batch.targets.kind, single)
+    batch.weighted = False
+    if out is not None and outside_of(&batch.targets, NULL, batch.n, 0.0, 1.0, num_threads):
+        return None
+    batch.sums = <double*>malloc(blocks_of(batch.n) * sizeof(double))
+    if batch.sums == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    try:
+        if with_grad and out is None:
+            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), kind, 0)
+        batch.logits = <char*>cnp.PyArray_DATA(logits)
+        batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
+        if num_threads == 1 and batch.n < GIL_ENTRIES:
+            outside = take_any_batch(&batch, 1, single, False)
+        else:
+            with nogil:
+                outside = take_any_batch(&batch, num_threads, single, False)
+        if outside:
+            return None
+        total = pairwise_sum(batch.sums, blocks_of(batch.n))
+        return total / batch.n, out
+    finally:
+        free(batch.sums)
+
+
+# Whether targets of this kind lose nothing when they become logits' dtype.
+cdef inline bint is_exact(int target_kind, bint single) noexcept:
+    return not (single and target_kind == cnp.NPY_FLOAT64)
+
+
+cdef inline bint is_target_kind(int kind) noexcept:
+    return kind in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64) or cnp.PyTypeNum_ISINTEGER(kind) or cnp.PyTypeNum_ISBOOL(kind)
+
+
+cdef inline bint is_plain(array) noexcept:
+    return cnp.PyArray_CheckExact(array) and cnp.PyArray_ISCARRAY_RO(array)
+
+
+cdef inline bint is_plain_out(out, logits, targets) noexcept:
+    return (
+        is_plain(out)
+        and cnp.PyArray_ISWRITEABLE(out)
+        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_SAMESHAPE(out, logits)
+        and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
+        and are_apart(out, targets)
+    )
+
+
+cdef inline bint are_apart(a, b) noexcept:
+    cdef char* start = <char*>cnp.PyArray_DATA(a)
+    cdef char* other = <char*>cnp.PyArray_DATA(b)
+    return start + cnp.PyArray_NBYTES(a) <= other or other + cnp.PyArray_NBYTES(b) <= start
+
+
+# None is 1 for every entry.
+cdef Numbers numbers_of(value):
+    cdef Numbers numbers
+    numbers.data = NULL
+    numbers.kind = cnp.NPY_FLOAT64
+    numbers.constant = 1.0
+    if isinstance(value, cnp.ndarray):
+        numbers.data = <char*>cnp.PyArray_DATA(value)
+        numbers.kind = plain_kind(value)
+    elif value is not None:
+        numbers.constant = value
+    return numbers
+
+
+# The kind that `load` knows: an integer's sign does not matter where all but 0 and 1 is refused.
+cdef int plain_kind(cnp.ndarray array):
+    cdef int kind = cnp.PyArray_TYPE(array)
+    if kind in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64):
+        return kind
+    return {1: cnp.NPY_INT8, 2: cnp.NPY_INT16, 4: cnp.NPY_INT32, 8: cnp.NPY_INT64}[cnp.PyArray_ITEMSIZE(array)]
+
+
+def first_outside(values, sample_weight, Py_ssize_t n, double low, double high, int num_threads):
+    """Return the first of `n` entries whose value is not in [low, high] and whose weight is not 0, or -1.
+
+    `values` and `sample_weight` are what binary_entries takes.
+    """
+    cdef Numbers numbers = numbers_of(values), weights = numbers_of(sample_weight)
+    cdef Py_ssize_t first = 0
+    with nogil:
+        if not outside_of(&numbers, &weights, n, low, high, num_threads):
+            first = -1
+        else:
+            while not outside_of_block(&numbers, &weights, first, 1, low, high):
+                first += 1
+    return first
+
+
+cdef Py_ssize_t outside_of(
+    const Numbers* numbers, const Numbers* weights, Py_ssize_t n, double low, double high, int num_threads
+) noexcept nogil:
+    cdef Py_ssize_t block, outside = 0
+    num_threads = team_of(n, num_threads)
+    if num_threads == 1:
+        for block in range(blocks_of(n)):
+            outside += outside_of_block(numbers, weights, block * BLOCK, smaller(BLOCK, n - block * BLOCK), low, high)
+        return outside
+    for block in prange(blocks_of(n), num_threads=num_threads, schedule="dynamic", chunksize=TASK_BLOCKS):
+        outside += outside_of_block(numbers, weights, block * BLOCK, smaller(BLOCK, n - block * BLOCK), low, high)
+    return outside
+
+
+cdef Py_ssize_t outside_of_block(
+    const Numbers* numbers, const Numbers* weights, Py_ssize_t first, Py_ssize_t n, double low, double high
+) noexcept nogil:
+    cdef double[BLOCK] values, weight
+    cdef Py_ssize_t i, outside = 0
+    if numbers.kind == cnp.NPY_FLOAT32 and numbers.data != NULL and high == 1:
+        if not count_outside(<const float*>numbers.data + first, n, <float>low, <float>high):
+            return 0
+    load(numbers, first, n, values)
+    outside = count_outside(values, n, low, high)
+    if outside and weights != NULL:
+        load(weights, first, n, weight)
+        outside = 0
+        for i in range(n):
+            outside += 0 if weight[i] == 0 or values[i] >= low and values[i] <= high else 1
+    return outside
+
+
+def sum_in_blocks(values, cnp.ndarray sums, int num_threads):
+    """Fill `sums` with the sums of each 512 entries of `values`, a flat float32 or float64 array."""
+    cdef Numbers numbers = numbers_of(values)
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(values)
+    cdef double* into = <double*>cnp.PyArray_DATA(sums)
+    cdef Py_ssize_t block
+    num_threads = team_of(n, num_threads)
+    with nogil:
+        if num_threads == 1:
+            for block in range(blocks_of(n)):
+                into[block] = sum_of_block(&numbers, block * BLOCK, smaller(BLOCK, n - block * BLOCK))
+        else:
+            for block in prange(blocks_of(n), num_threads=num_threads, schedule="dynamic", chunksize=TASK_BLOCKS):
+                into[block] = sum_of_block(&numbers, block * BLOCK, smaller(BLOCK, n - block * BLOCK))
+
+
+cdef double sum_of_block(const Numbers* numbers, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef double[BLOCK] values
+    load(numbers, first, n, values)
+    return sum_of(values, n)
+
+
+def sum_of_blocks(cnp.ndarray sums):
+    """Return the sum of the blocks' sums, in pairs."""
+    return pairwise_sum(<double*>cnp.PyArray_DATA(sums), cnp.PyArray_SIZE(sums))
