@@ -390,12 +390,16 @@ def measure(group, shape, dtype, threads, effort):
 
 
 def compare(turns, others, aim):
-    """Return the median and quartiles of the ratio within a round, so that a machine that slows down slows both."""
+    """Return the median and quartiles of the ratio within a round, so that a machine that slows down slows both.
+
+    The ratio of the fastest turns goes with them: on a busy machine it is the one that other programs disturb least.
+    """
     ratios = [ours / theirs for ours, theirs in zip(turns.seconds, others.seconds, strict=False)]
     low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     return {
         "ratio": float(ratio),
         "ratio_quartiles": [float(low), float(high)],
+        "ratio_of_fastest": min(turns.seconds) / min(others.seconds),
         "holds": bool(aim.holds(ratio)) if aim else None,
     }
 
