@@ -4,6 +4,7 @@
 #   make test      run the test suite
 #   make bench     measure fastce against fastce.reference and print the table of ratios
 #   make compare   measure fastce against other libraries
+#   make options   measure what each option, target kind and further function costs
 #   make lint      check the style of the Python and Cython sources and the types
 #   make clean     remove all that was made
 #
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test bench compare lint clean
+.PHONY: demo test bench compare options lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -29,6 +30,9 @@ bench: $(VENV)/installed-bench
 
 compare: $(VENV)/installed-compare
 	$(RUN) -m benchmarks --readme README.md
+
+options: $(VENV)/installed-compare
+	$(RUN) -m benchmarks.options
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check
