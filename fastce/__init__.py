@@ -4,6 +4,7 @@ from fastce import reference
 from fastce._engine import build_info
 from fastce._version import __version__
 from fastce.activations import log_softmax, logsumexp, softmax
+from fastce.binary import binary_cross_entropy, binary_cross_entropy_with_grad
 from fastce.divergence import kl_divergence, kl_divergence_with_grad
 from fastce.focal import focal_loss, focal_loss_with_grad
 from fastce.losses import cross_entropy, cross_entropy_with_grad, cross_entropy_with_grad_hess
@@ -16,7 +17,9 @@ __all__ = [
     "CrossEntropyStats",
     "SparseTargets",
     "__version__",
+    "binary_cross_entropy",
     "binary_cross_entropy_from_probs",
+    "binary_cross_entropy_with_grad",
     "build_info",
     "cross_entropy",
     "cross_entropy_from_probs",

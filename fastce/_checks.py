@@ -577,7 +577,7 @@ def check_distributions(q, place):
     raise ValueError(f"targets: distributions must be finite and >= 0, got {q[row, column]:.9g} in {place(row)}")
 
 
-# ---- binary ----
+# ---- binary -----------------------------------------------------------------------------------------------------
 
 LARGEST = np.finfo(np.float64).max
 
