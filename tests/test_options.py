@@ -133,12 +133,12 @@ def dense_targets(targets, shape, axis, ignore_index):
     """Return (q (N, C), which rows count (N,), class ids (N,) or None)."""
     classes = shape[axis]
     if isinstance(targets, SparseTargets):
-        indices = np.asarray(targets.indices)
-        indices = indices.reshape(-1, indices.shape[-1])
-        values = np.asarray(targets.values).astype(EXTENDED).reshape(indices.shape)
-        q = np.zeros((len(indices), classes), EXTENDED)
-        np.add.at(q, (np.arange(len(indices))[:, None], indices), values)
-        return q, np.ones(len(q), bool), None
+        n_rows = int(np.prod(shape)) // classes
+        entries = np.shape(targets.indices)[-1]
+        indices, values = (np.reshape(array, (n_rows, entries)) for array in (targets.indices, targets.values))
+        q = np.zeros((n_rows, classes), EXTENDED)
+        np.add.at(q, (np.arange(n_rows)[:, None], indices), values.astype(EXTENDED))
+        return q, np.ones(n_rows, bool), None
     targets = np.asarray(targets)
     if targets.dtype.kind == "f":
         q = np.moveaxis(targets, axis, -1).reshape(-1, classes).astype(EXTENDED)
