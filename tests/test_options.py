@@ -331,7 +331,7 @@ def random_call(chosen, seed):
     shorter = np.linspace(2, 0.3, len(CLASS_COUNTS))
     classes = int(rng.choice(CLASS_COUNTS, p=shorter / shorter.sum()))
     n_axes = rng.integers({-1: 0, 0: 1, 1: 2}[axis], 4)
-    row_shape = tuple(int(n) for n in rng.integers(1, 5 if classes < 1000 else 3, n_axes))
+    row_shape = tuple(int(n) for n in rng.integers(1, 7 if classes < 100 else 3, n_axes))
     shape = (*row_shape, classes)
     ignore_index = chosen["ignore_index"] if chosen["targets"] == "ids" else "default"
     x = random_logits(chosen["logits"], shape, dtype, rng)
