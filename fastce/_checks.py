@@ -392,7 +392,7 @@ def check_classes_left(mask, live):
         first = np.unravel_index(int(np.argmax(bad)), bad.shape)
         position = ", ".join(str(int(i)) for i in first)
         raise ValueError(
-            f"class_mask hides every class of row [{position}]; leave such rows out with ignore_index or sample_weight 0"
+            f"class_mask hides every class of row [{position}]; leave it out with ignore_index or sample_weight 0"
         )
 
 
@@ -405,7 +405,7 @@ def is_distribution(targets, array, logits_shape):
 
 
 def check_distribution(array, axis, live, num_threads):
-    """Raise unless every number of a distribution (any layout) is finite and >= 0, rows that are not `live` excepted."""
+    """Raise unless every number of a distribution is finite and >= 0, rows that are not `live` excepted."""
     if is_mass(array, num_threads):
         return
     bad = ~((array >= 0) & (array < np.inf))

@@ -5,6 +5,7 @@ are handed to the kernels where they are; others pass through a buffer of a fixe
 """
 
 import importlib
+import math
 import os
 import warnings
 from functools import lru_cache
@@ -171,16 +172,17 @@ def plain_cross_entropy(
 ):
     """Return (mean or sum, gradient or None) of a call on plain arrays, or None if the call is not plain."""
     return kernels.plain_cross_entropy(
-        logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads, grad_output,
-        SERIAL_ELEMENTS, default_threads,
+        logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads,
+        grad_output, SERIAL_ELEMENTS, default_threads,
     )
 
 
 def cross_entropy_rows(logits, ids, losses, scale, out, hess, num_threads, weight=None, sample_weight=None):
     """Fill `losses` and, unless they are None, `out` with the gradients of all rows, each times `scale`, and `hess`.
 
-    `logits`, `out` and `hess` (which goes with `out`) have any layout and dtype, class axis last; `ids`, `losses` and `sample_weight` are flat over the
-    other axes; `weight` is that of the classes; `scale` is a float or an array like `losses`.
+    `logits`, `out` and `hess` (which goes with `out`) have any layout and dtype, class axis last; `ids`, `losses` and
+    `sample_weight` are flat over the other axes; `weight` is that of the classes; `scale` is a float or an
+    array like `losses`.
     """
     n_rows, n_classes = len(ids), logits.shape[-1]
     if n_rows == 0:
@@ -189,11 +191,12 @@ def cross_entropy_rows(logits, ids, losses, scale, out, hess, num_threads, weigh
     scale = 1.0 if scales is not None else scale
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    columns = as_columns(logits, dtype), None if out is None else as_columns(out, dtype)
-    alike = out is None or (columns[1] is not None and columns[0] is not None and columns[0].shape == columns[1].shape)
-    if hess is None and columns[0] is not None and alike and n_classes <= kernels.MAX_COLUMN_CLASSES:
-        column_rows(*columns, ids, losses, scale, scales, num_threads, weight, sample_weight)
-        return
+    if hess is None and n_classes <= kernels.MAX_COLUMN_CLASSES:
+        columns = as_columns(logits, dtype)
+        grads = None if out is None or columns is None else as_columns(out, dtype)
+        if columns is not None and (out is None or (grads is not None and grads.shape == columns.shape)):
+            column_rows(columns, grads, ids, losses, scale, scales, num_threads, weight, sample_weight)
+            return
     # All memory that the walk needs is had before the first block is written.
     walk = Walk(n_rows, n_classes, dtype, [logits], [out, hess])
     memory = np.empty(
@@ -240,7 +243,7 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
     """Fill `losses` and, unless they are None, `out` and `hess` by the general kernels.
 
     Arrays with a class axis have any layout and dtype, class axis last; `mask` is bool, broadcast to logits' shape.
-    `per_row` are the kernel's keywords for arrays over the flattened rows (others are left out), `constants` for the rest.
+    `per_row` are the kernel's keywords for arrays over the flattened rows (others are left out), `constants` the rest.
     """
     n_rows, n_classes = len(losses), logits.shape[-1]
     if n_rows == 0:
@@ -335,8 +338,8 @@ def part_of(array, part):
 class Walk:
     """The way through a batch in blocks: yields (slice of the flattened rows, input blocks, output blocks).
 
-    Inputs and outputs have any layout and dtype, class axis last, or are None. Those that kernels can use lie where they
-    are; the others pass through buffers of a fixed size, which are had when the walk is made.
+    Inputs and outputs have any layout and dtype, class axis last, or are None. Those that kernels can use stay where
+    they are; the others pass through buffers of a fixed size, which are had when the walk is made.
     """
 
     def __init__(self, n_rows, n_classes, dtype, inputs, outputs):
@@ -347,7 +350,7 @@ class Walk:
         through = [array is not None and rows is None for array, rows in zip(self.arrays, self.rows, strict=True)]
         self.where_they_lie = not any(through)
         self.step = min(n_rows, max(1, (SLAB_ELEMENTS if self.where_they_lie else BUFFER_ELEMENTS) // n_classes))
-        self.buffers = [None] * len(self.arrays)
+        self.buffers: list[np.ndarray | None] = [None] * len(self.arrays)
         if self.where_they_lie:
             return
         for i, array in enumerate(self.arrays):
@@ -367,11 +370,11 @@ class Walk:
         for index, first, stop in row_blocks(self.arrays[0].shape[:-1], self.step):
             part = slice(first, stop)
             blocks = [self.block(i, part) for i in range(len(self.arrays))]
-            for array, buffer, block in self.buffered(0, self.n_inputs, blocks):
+            for array, block in self.buffered(0, self.n_inputs, blocks):
                 np.copyto(block.reshape(array[index].shape), array[index], casting="unsafe")
             yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
             with np.errstate(all="ignore"):
-                for array, buffer, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
+                for array, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
                     np.copyto(array[index], block.reshape(array[index].shape), casting="unsafe")
 
     def block(self, i, part):
@@ -382,7 +385,7 @@ class Walk:
     def buffered(self, first, stop, blocks):
         for i in range(first, stop):
             if self.buffers[i] is not None:
-                yield self.arrays[i], self.buffers[i], blocks[i]
+                yield self.arrays[i], blocks[i]
 
 
 def can_lie(array, dtype):

@@ -55,7 +55,7 @@ class Problem:
 
     def ids_that_count(self):
         """Return the ids with -1 also in rows of sample weight 0: kernels then skip them like ignored ones."""
-        if self.sample_weight is None or self.sample_weight.all():
+        if self.ids is None or self.sample_weight is None or self.sample_weight.all():
             return self.ids
         return np.where(self.sample_weight == 0, -1, self.ids)
 

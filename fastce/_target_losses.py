@@ -15,7 +15,7 @@ def target_loss(
     """Return (loss, gradient or None) of a loss f(p_t) of class ids.
 
     `loss_and_factor` maps the rows' cross-entropies -log p_t (float64) to f(p_t) and to -p_t f'(p_t): since
-    dp_t/dz_c = p_t ([c = t] - p_c), the gradient of f is p_c - [c = t] times that factor. The first pass over the logits
+    dp_t/dz_c = p_t ([c = t] - p_c), the gradient of f is p_c - [c = t] times that factor. The first pass over logits
     gives the cross-entropies, the second, which a gradient needs, the gradients.
     """
     _checks.check_reduction(reduction)
@@ -26,7 +26,8 @@ def target_loss(
         scales.append(_checks.as_grad_output(grad_output, reduction, problem.row_shape))
         if out is not None:
             given = given_arrays(
-                logits=problem.logits, grad_output=grad_output, targets=targets, weight=weight, sample_weight=sample_weight
+                logits=problem.logits, grad_output=grad_output, targets=targets, weight=weight,
+                sample_weight=sample_weight,
             )
             _checks.check_out(out, problem.logits, given)
 
@@ -41,7 +42,7 @@ def target_loss(
     losses, loss = loss_arrays(problem, reduction)
     grad = gradient_array(problem, out) if with_grad else None
     if reduction == "mean" and divisor == 0.0:
-        if with_grad:
+        if grad is not None:
             grad[...] = 0
         return float("nan"), grad
     unweighted = replace(problem, ids=problem.ids_that_count(), weight=None, sample_weight=None)

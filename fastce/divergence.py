@@ -21,7 +21,7 @@ def kl_divergence(
     denominator=None,
     num_threads=None,
 ):
-    r"""Kullback-Leibler divergence :math:`\sum_c q_c \log (q_c / p_c)` of the targets q from p = softmax(logits), in nats.
+    r"""Kullback-Leibler divergence :math:`\sum_c q_c \log (q_c / p_c)` of targets q from p = softmax(logits), in nats.
 
     This is cross-entropy less the entropy of the targets: what a model could still gain. It differs from cross-entropy
     by a constant of the logits, so the gradients are the same.
@@ -56,9 +56,9 @@ def kl_divergence(
     Notes
     -----
     With :math:`\delta_c = \log p_c - \log q_c` the sum is computed as
-    :math:`\sum_{q_c > 0} q_c (e^{\delta_c} - 1 - \delta_c) + \sum_{q_c = 0} p_c + \sum_c q_c - 1`, in float64: no term of
-    the first two sums is negative, so that a small divergence keeps its digits. Kullback and Leibler, "On information
-    and sufficiency" (1951).
+    :math:`\sum_{q_c > 0} q_c (e^{\delta_c} - 1 - \delta_c) + \sum_{q_c = 0} p_c + \sum_c q_c - 1`, in float64: no term
+    of the first two sums is negative, so that a small divergence keeps its digits. Kullback and Leibler, "On
+    information and sufficiency" (1951).
 
     Examples
     --------
@@ -67,7 +67,7 @@ def kl_divergence(
     >>> logits = np.array([2.0, 0.0, 0.0])
     >>> print(f"{fastce.kl_divergence(logits, np.array([0.8, 0.1, 0.1])):.6f}")
     0.000513
-    >>> fastce.kl_divergence(logits, logits + 5.0, from_logits=True)
+    >>> fastce.kl_divergence(logits, logits, from_logits=True)
     0.0
     """
     return _divergence(logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads)[0]
@@ -141,7 +141,7 @@ def _divergence(
     grad = gradient_array(problem, out) if with_grad else None
     if reduction == "mean":
         if divisor == 0.0:
-            if with_grad:
+            if grad is not None:
                 grad[...] = 0
             return float("nan"), grad
         scale = scale / divisor
@@ -153,7 +153,7 @@ def _pose(logits, targets, axis, from_logits, sample_weight, num_threads):
     if not from_logits:
         problem = pose(logits, targets, axis, num_threads, sample_weight=sample_weight, ignore_index=None)
         if problem.distribution is None:
-            raise TypeError("targets must be distributions, floats of the shape of logits; for class ids see cross_entropy")
+            raise TypeError("targets must be distributions, floats of the logits' shape; class ids go to cross_entropy")
         return problem
     logits = _checks.as_logits(logits)
     problem = Problem(logits, _checks.as_axis(axis, logits.shape), _checks.as_num_threads(num_threads))
@@ -167,8 +167,9 @@ def _pose(logits, targets, axis, from_logits, sample_weight, num_threads):
 
 
 def _fill(problem, from_logits, losses, scale, grad):
-    """Fill `losses` (N,) and, unless it is None, `grad`, block by block: targets from logits are never whole in memory."""
-    logits, targets, grad = (classes_last(array, problem.axis) for array in (problem.logits, problem.distribution, grad))
+    """Fill `losses` (N,) and, unless it is None, `grad`, in blocks: targets from logits are never whole in memory."""
+    arrays = problem.logits, problem.distribution, grad
+    logits, targets, grad = (classes_last(array, problem.axis) for array in arrays)
     step = max(1, _engine.BUFFER_ELEMENTS // logits.shape[-1])
     for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):
         part = slice(first, stop)

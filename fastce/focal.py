@@ -110,7 +110,7 @@ def focal_loss_with_grad(
     >>> import fastce
     >>> loss, grad = fastce.focal_loss_with_grad(np.array([2.0, 0.0, 0.0]), 0)
     >>> grad.round(6)
-    array([-0.026773,  0.013386,  0.013386])
+    array([-0.026774,  0.013387,  0.013387])
     """
     return _focal(
         logits, targets, gamma, axis, weight, sample_weight, ignore_index, reduction, denominator, num_threads,

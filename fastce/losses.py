@@ -1,7 +1,5 @@
 """Softmax cross-entropy with gradient and Hessian: checks, allocates, one call, returns."""
 
-import numpy as np
-
 from fastce import _checks, _engine
 from fastce._problem import AXIS, IGNORE_INDEX, deliver, given_arrays, gradient_array, loss_arrays, pose
 
@@ -104,10 +102,10 @@ def cross_entropy(
     Notes
     -----
     A row with a nan, a +inf or nothing but -inf has the loss nan; a target whose logit is -inf has the loss inf.
-    Every finite loss is within 5e-7 (float32) or 2e-15 (float64) of the exact value for the logits as scaled and capped,
+    Every finite loss is within 5e-7 (float32) or 2e-15 (float64) of the exact value for logits as scaled and capped,
     relatively, down to the smallest normal number, and never negative as long as no sample weight is. The log-sum-exp
-    form is that of [1]_; the log1p form follows from leaving the target out of the sum. Weights, smoothing and means are
-    PyTorch's [2]_.
+    form is that of [1]_; the log1p form follows from leaving the target out of the sum. Weights, smoothing and means
+    are PyTorch's [2]_.
 
     References
     ----------
@@ -245,8 +243,8 @@ def cross_entropy_with_grad(
     """
     if may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
         plain = _engine.plain_cross_entropy(
-            logits, targets, out, True, weight, sample_weight, ignore_index, reduction is MEAN, denominator, num_threads,
-            grad_output,
+            logits, targets, out, True, weight, sample_weight, ignore_index, reduction is MEAN, denominator,
+            num_threads, grad_output,
         )
         if plain is not None:
             return plain

@@ -24,7 +24,8 @@ def poly_loss(
 ):
     r"""Poly-1 loss of logits against class ids, in nats.
 
-    The loss of a row of class :math:`t` is :math:`w_t (-\log p_t + \epsilon (1 - p_t))`; `epsilon` 0 gives cross-entropy.
+    The loss of a row of class :math:`t` is :math:`w_t (-\log p_t + \epsilon (1 - p_t))`, with `epsilon` 0
+    cross-entropy.
 
     Parameters
     ----------

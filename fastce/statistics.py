@@ -51,8 +51,8 @@ def cross_entropy_stats(
         - ``probability``: :math:`p_t`, for soft targets :math:`\sum_c q_c p_c`;
         - ``entropy``: :math:`-\sum_c p_c \log p_c` in nats, of the prediction, whatever the target.
 
-        An ignored row has loss 0, predicted -1, correct False, and nan for the rest; a row with a nan, a +inf or nothing
-        but -inf has predicted -1, correct False, and nan for the rest.
+        An ignored row has loss 0, predicted -1, correct False, and nan for the rest; a row with a nan, a +inf or
+        nothing but -inf has predicted -1, correct False, and nan for the rest.
 
     Raises
     ------
@@ -61,8 +61,8 @@ def cross_entropy_stats(
 
     Notes
     -----
-    The entropy is computed as :math:`\log(S/e_m) + \sum_c e_c (z_m - z_c)/S` with :math:`e_c = e^{z_c}`, their sum S and
-    the largest logit :math:`z_m`: no term is negative, nothing cancels. Bounds as in :func:`cross_entropy`.
+    The entropy is computed as :math:`\log(S/e_m) + \sum_c e_c (z_m - z_c)/S` with :math:`e_c = e^{z_c}`, their sum S
+    and the largest logit :math:`z_m`: no term is negative, nothing cancels. Bounds as in :func:`cross_entropy`.
 
     Examples
     --------

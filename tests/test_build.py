@@ -115,7 +115,7 @@ def test_the_exponential_is_inlined_everywhere(target, objdump):
 
 
 def test_the_flags_free_choices_from_branches():
-    # Each of gcc's flags may take back an earlier one; a choice that might trap is a branch, and its loop not in vectors.
+    # Each of gcc's flags may take back an earlier one; choices that might trap are branches and their loops scalar.
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
     if "gcc" not in run_tool(*compiler, "--version").stdout.lower():
         pytest.skip("only gcc tells which of its optimizations are on")

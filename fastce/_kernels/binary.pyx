@@ -1,4 +1,4 @@
-"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the compiled entry points, the division of a batch.
+"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the compiled entry points, how a batch is divided.
 
 Compiled once per CPU target (setup.py), float32 and float64 from one text. The kernels know pointers, lengths and
 numbers and trust them; only the plain call looks its targets through on the way.
@@ -11,8 +11,8 @@ E = e^-|x| no sum below cancels, but for the two terms of the gradient of a targ
          = (b E - a) / (1 + E)   otherwise
 
 Rounding in units of u = 2^-24 (2^-53). Loss: E 1.2, log1p 2.2, a + b 2, the product with |x| and the sum 1.5; together
-7 u = 4.2e-7 (7.8e-16). Gradient: E 1.2, a and b 1, the numerator 1 (2 without fused multiply-add), 1 + E 1, the quotient
-1, the scale 1, its product 1; together 8 u = 4.8e-7 (8.9e-16) at worst. Weights of entries multiply in float64. What may
+7 u = 4.2e-7 (7.8e-16). Gradient: E 1.2, a and b 1, the numerator 1 (2 without fused multiply-add), 1 + E 1, quotient
+1, the scale 1, its product 1; together 8 u = 4.8e-7 (8.9e-16) at worst. Entries' weights multiply in float64. What may
 leave the range of float32, entries with a pos_weight and gradients with an extreme scale, is computed in float64
 throughout.
 
@@ -432,7 +432,9 @@ cdef int team_of(Py_ssize_t n, int num_threads) noexcept nogil:
 
 
 # The whole batch; returns how many blocks have targets outside [0, 1].
-cdef Py_ssize_t take_batch(const Batch* batch, int num_threads, const floating* like, const stored* kept) noexcept nogil:
+cdef Py_ssize_t take_batch(
+    const Batch* batch, int num_threads, const floating* like, const stored* kept
+) noexcept nogil:
     cdef Py_ssize_t size = task_entries(batch.n, num_threads)
     cdef Py_ssize_t task, outside = 0
     num_threads = team_of(batch.n, num_threads)
@@ -472,7 +474,7 @@ def binary_entries(
     cnp.ndarray logits, targets, pos_weight, sample_weight, grad_output, double smoothing, double scale,
     bint wide, cnp.ndarray losses, cnp.ndarray sums, cnp.ndarray out, int num_threads,
 ):
-    """Fill `sums` (one float64 for each 512 entries) and, unless None, `losses` and `out` with scale * d(loss)/d(logit).
+    """Fill `sums` (a float64 for each 512 entries) and, unless None, `losses` and `out` with scale * d(loss)/d(logit).
 
     Returns whether all targets are in [0, 1].
 

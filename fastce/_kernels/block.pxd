@@ -244,8 +244,8 @@ cdef inline void pull_target(
 
 
 # The Hessian's diagonal of rows [first, first + n) from their gradients, while these are in the cache: with k the row's
-# scale the gradient is k p_c, so k p_c (1 - p_c) = g_c (1 - g_c / k), and at the target -g_t p_t. One rounding more than
-# the gradient's, relative to k p_c.
+# scale the gradient is k p_c, so k p_c (1 - p_c) = g_c (1 - g_c / k), and at the target -g_t p_t. One rounding more
+# than the gradient's, relative to k p_c.
 cdef inline void curve_rows(
     const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:

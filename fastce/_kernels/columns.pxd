@@ -1,4 +1,4 @@
-"""Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images, class axis 1)."""
+"""Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images)."""
 
 from libc.stdint cimport int64_t
 
@@ -26,9 +26,9 @@ cdef inline Py_ssize_t column_terms(Py_ssize_t n_classes) noexcept nogil:
     return BLOCK_ROWS * (n_classes + 2 * COLUMN_LANES)
 
 
-# Rows [first, first + n), n <= BLOCK_ROWS: row r's class c lies at x + r + c * stride (bytes), its gradient likewise. The
-# numbers are those of take_small_rows to the bit: the same shift, and lane c % 8 of a row sums its classes in the same
-# order; only that here a vector holds one class of many rows.
+# Rows [first, first + n), n <= BLOCK_ROWS: row r's class c lies r elements and c * stride bytes behind x, its gradient
+# likewise. The numbers are those of take_small_rows to the bit: the same shift, and lane c % 8 of a row sums its
+# classes in the same order; only that here a vector holds one class of many rows.
 cdef inline void take_columns(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const char* x, Py_ssize_t stride, char* out,
     Py_ssize_t out_stride, const floating* like,

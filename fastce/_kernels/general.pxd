@@ -30,7 +30,7 @@ cdef struct Batch:
     double* sample_weight
     double certain          # 1 - label_smoothing, the part of the target that stays where it is
     double smoothing        # label_smoothing, the part that is spread over the classes
-    char* base              # (C,) smoothing/K * weight, one for all rows; NULL without smoothing or where K is the row's
+    char* base              # (C,) smoothing/K * weight for all rows; NULL without smoothing or where K is the row's
     double base_mass
     double z_loss
     double scale            # of all gradients
@@ -67,7 +67,6 @@ cdef struct Own:
     Py_ssize_t[BLOCK_ROWS] argmax       # -1: the row is not looked at
     Py_ssize_t[BLOCK_ROWS] n_shown      # classes that exist, where there is no base
     ExpWindow[BLOCK_ROWS] window
-
 
 
 # The memory behind Own from the next cache line on: vectors that straddle two lines take twice as long.
@@ -156,6 +155,6 @@ cdef inline void settle(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize
         if batch.predicted != NULL:
             is_whole = is_whole and own.argmax[r] >= 0
             batch.predicted[row] = own.argmax[r] if is_whole else -1
-            batch.correct[row] = is_whole and own.mass_at_maximum[r] > 0.0 and own.mass_at_maximum[r] >= own.largest_mass[r]
+            batch.correct[row] = is_whole and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
             batch.probability[row] = own.hit[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
             batch.entropy[row] = rows.loss[r] + own.spread[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN

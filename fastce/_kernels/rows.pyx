@@ -23,7 +23,6 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
 
 cimport numpy as cnp
 
@@ -284,7 +283,7 @@ def cross_entropy_rows(
     """Fill `losses` (N,) float64 and, unless None, `out` (N, C) with d(sum of scale * loss)/d(logits).
 
     `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
-    multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes and `sample_weight` (N,)
+    multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes, `sample_weight` (N,)
     float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
     derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says.
     """

@@ -118,7 +118,7 @@ cdef inline floating piece_maximum(const floating* z, Py_ssize_t n) noexcept nog
     cdef Py_ssize_t i, lane
     for lane in range(4 * LANES):
         largest[lane] = -INFINITY
-    for i in range(n // (4 * LANES)):
+    for _ in range(n // (4 * LANES)):
         for lane in range(4 * LANES * <Py_ssize_t>sizeof(floating) // 64):
             prefetch(<char*>z + PREFETCH_BYTES + lane * 64)
         for lane in range(4 * LANES):
@@ -254,7 +254,9 @@ cdef inline const floating* stage_mass(
         for i in range(n):
             mass[i] = 0
     else:
-        memcpy(mass, batch.distribution + row * batch.distribution_stride + start * sizeof(floating), n * sizeof(floating))
+        memcpy(
+            mass, batch.distribution + row * batch.distribution_stride + start * sizeof(floating), n * sizeof(floating)
+        )
         if batch.weight != NULL:
             for i in range(n):
                 mass[i] = <floating>(mass[i] * batch.certain * batch.weight[start + i])
@@ -316,10 +318,9 @@ cdef inline void find_maximum(
     if fabs(maximum) == INFINITY:
         own.window[r] = exp_window(like, 0.0, NAN)
         own.infinite[r] = maximum
+        z = <const floating*>(batch.logits + row * batch.logits_stride)
         for i in range(batch.n_classes):
-            if (<const floating*>(batch.logits + row * batch.logits_stride))[i] != (
-                <const floating*>(batch.logits + row * batch.logits_stride))[i]:
-                own.infinite[r] = NAN
+            own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
     else:
         own.window[r] = exp_window(
             like, shift_for(like, maximum if fabs(maximum) <= exp_limit(like) else 0.0),
@@ -515,10 +516,11 @@ cdef inline void write_gradient(
         out[top] = <floating>(pull * factor)
 
 
-# out = (terms * (scale/S) - mass) * factor, in the dtype where all factors are normal numbers of it, else in float64 and
-# by the power of two in 1/S first: nothing then under- or overflows on the way.
+# out = (terms * (scale/S) - mass) * factor, in the dtype where all factors are normal numbers of it, else in float64
+# and by the power of two in 1/S first: nothing then under- or overflows on the way.
 cdef inline void combine(
-    floating* out, const floating* terms, const floating* mass, Py_ssize_t n, double scale, double inverse, double factor
+    floating* out, const floating* terms, const floating* mass, Py_ssize_t n, double scale, double inverse,
+    double factor,
 ) noexcept nogil:
     cdef floating push = <floating>(scale * inverse * factor)
     cdef floating pull = <floating>(-factor)
@@ -730,8 +732,8 @@ def soft_rows(
 
     Rows of `logits`, `distribution`, `out` and `hess` (N, C) are contiguous, native and of one dtype; `indices` (N, m)
     int64 with `values` (N, m) float64 or None (all 1); a negative first index, or `sample_weight` 0, leaves a row out.
-    `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) uint8.
-    `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
+    `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) is
+    uint8. `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
     """
     cdef Batch batch = batch_of(logits, memory)
     batch.losses = <double*>cnp.PyArray_DATA(losses)

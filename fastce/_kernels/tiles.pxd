@@ -37,7 +37,8 @@ from fastce._kernels.vexp cimport (
 )
 
 cdef enum:
-    # Rows up to this length are turned into tiles: 1024 rows of TILE_FIGURES
+    # Rows up to this length are turned into tiles, as those of small.pxd go by blocks: at 10 classes a row with z_loss
+    # took 19 ns as a tile and 90 ns by itself (float32, 1 thread).
     TILE_CLASSES = 96
 
 
@@ -196,7 +197,9 @@ cdef inline void drop_maxima(Own* own, floating* terms, Py_ssize_t n) noexcept n
 
 
 # The sums over the classes of a tile, one a row, in the lanes of sum_columns.
-cdef inline void sum_tile(floating* tile, const Tiles* tiles, Py_ssize_t n_classes, Py_ssize_t n, double* sums) noexcept nogil:
+cdef inline void sum_tile(
+    const floating* tile, const Tiles* tiles, Py_ssize_t n_classes, Py_ssize_t n, double* sums
+) noexcept nogil:
     cdef double* lanes = <double*>(<floating*>tiles.terms + BLOCK_ROWS * n_classes)
     cdef double* lane
     cdef const floating* column
@@ -362,7 +365,7 @@ cdef inline void write_tile(
         store_tile(batch, own, results, batch.out, batch.out_stride, first, n)
 
 
-# (terms * (scale/S) - mass) * factor, in the dtype where all factors of a row are normal numbers of it, else in float64.
+# (terms * (scale/S) - mass) * factor, in the dtype where all factors of a row are normal numbers of it, else float64.
 cdef inline void combine_tile(
     const Batch* batch, Own* own, const Tiles* tiles, floating* results, Py_ssize_t n
 ) noexcept nogil:
