@@ -5,6 +5,7 @@ are handed to the kernels where they are; others pass through a buffer of a fixe
 """
 
 import importlib
+import math
 import os
 import warnings
 from functools import lru_cache
