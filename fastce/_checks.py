@@ -651,10 +651,17 @@ def entry_at(name, array, shape, number):
 def as_pos_weight(pos_weight, shape, num_threads):
     """Return (pos_weight as None, a float or an array that broadcasts to `shape`; whether it is of extreme size)."""
     array = as_entry_weight("pos_weight", pos_weight, shape)
-    if array is None or first_outside(array, array, array.shape, 2.0**-30, 2.0**32, num_threads) < 0:
-        return as_float_if_one(array), False
+    if array is None:
+        return None, False
+    low, high = 2.0**-30, 2.0**32
+    number = as_float_if_one(array)
+    if isinstance(number, float):
+        if number == 0 or low <= number <= high:
+            return number, False
+    elif first_outside(array, array, array.shape, low, high, num_threads) < 0:
+        return array, False
     check_entries("pos_weight", array, 0.0, num_threads, "finite and >= 0")
-    return as_float_if_one(array), True
+    return number, True
 
 
 def as_entry_sample_weight(sample_weight, shape, num_threads):

@@ -1,7 +1,7 @@
-"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the compiled entry points, how a batch is divided.
+"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the entry points, the division of a batch.
 
 Compiled once per CPU target (setup.py), float32 and float64 from one text. The kernels know pointers, lengths and
-numbers and trust them; only the plain call looks its targets through on the way.
+numbers and trust them; whether targets are in [0, 1] is looked up on the way.
 
 An entry has a logit x, the coefficient a = pos_weight * y' of softplus(-x) and b = 1 - y' of softplus(x). With
 E = e^-|x| no sum below cancels, but for the two terms of the gradient of a target between 0 and 1:
@@ -10,11 +10,11 @@ E = e^-|x| no sum below cancels, but for the two terms of the gradient of a targ
     grad = (b - a E) / (1 + E)   if x > 0                         as sigmoid(|x|) = 1 / (1 + E)
          = (b E - a) / (1 + E)   otherwise
 
-Rounding in units of u = 2^-24 (2^-53). Loss: E 1.2, log1p 2.2, a + b 2, the product with |x| and the sum 1.5; together
-7 u = 4.2e-7 (7.8e-16). Gradient: E 1.2, a and b 1, the numerator 1 (2 without fused multiply-add), 1 + E 1, quotient
-1, the scale 1, its product 1; together 8 u = 4.8e-7 (8.9e-16) at worst. Entries' weights multiply in float64. What may
-leave the range of float32, entries with a pos_weight and gradients with an extreme scale, is computed in float64
-throughout.
+Rounding in units of u = 2^-24 (2^-53). Loss: E 1.2, log1p 1.4, a + b 2, its product with E 1, the sum 1; together
+6.6 u = 4.0e-7. Gradient: E 1.2, a and b 1, the numerator 1 (2 without fused multiply-add), 1 + E 1, the quotient 1, the
+scale and its product 2; together 7.2 u = 4.3e-7. The largest seen among millions: 4.6 and 4.3 u (float64: 7.1 and 5.6).
+Weights of entries multiply in float64. Where a pos_weight or the scale is so extreme that float32 might leave its
+range, all of it is computed in float64.
 
 Losses are summed in float64, each block in fixed lanes, then the blocks in pairs: neither the number of threads nor the
 layout changes a bit.
@@ -49,7 +49,7 @@ cnp.import_array()
 watch_forks()
 
 cdef enum:
-    BLOCK = 512             # entries that are summed by themselves; all of a block's arrays fit the L1 cache
+    BLOCK = 512             # entries that are summed by themselves; a block's arrays fit the L1 cache
     LANES = 16              # of a block's sum: one 512-bit vector of float32
     TASK_BLOCKS = 32        # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
@@ -94,11 +94,15 @@ cdef struct Batch:
 
 # ---- an entry ------------------------------------------------------------------------------------------------------
 
-# both * log1p(e) + rest for 0 <= e <= 1, given both * e; nan stays nan. float32: log1p(e) = e * P(e), the error of P
-# alone is 2^-27.3 (tools/coefficients.py). float64: with 1 + e = 2^k (1 + f), -0.3 < f < 0.42, the series of vexp.pxd's
-# log_mantissa, as what must be added to e.
-cdef inline floating add_log1p(floating both, floating both_e, floating e, floating rest) noexcept nogil:
-    cdef floating p, f, s, z, half, exponent
+# both * log1p(e) + rest for 0 <= e <= 1, e given as e * up, up = 1/down a power of two; nan stays nan.
+# float32: log1p(e) = e * P(e), the error of P alone is 2^-27.3 (tools/coefficients.py).
+# float64: 1 + e = 2^k (1 + f) with k = 0 or 1, -0.3 < f < 0.42, log(1 + f) = 2 atanh(s), s = f / (2 + f), with the series
+# of vexp.pxd's log_mantissa.
+cdef inline floating add_log1p(
+    floating both, floating e_up, floating up, floating down, floating rest
+) noexcept nogil:
+    cdef floating e = e_up * down
+    cdef floating p, f, s, z, exponent
     if floating is float:
         p = multiply_add_float(<float>-0.0032268476206809282, e, <float>0.01978927105665207)
         p = multiply_add_float(p, e, <float>-0.056879717856645584)
@@ -109,19 +113,17 @@ cdef inline floating add_log1p(floating both, floating both_e, floating e, float
         p = multiply_add_float(p, e, <float>0.3333020508289337)
         p = multiply_add_float(p, e, <float>-0.4999992251396179)
         p = multiply_add_float(p, e, <float>1.0)
-        return multiply_add_float(both_e, p, rest)
+        return multiply_add_float(both * down * e_up, p, rest)
     else:
         f = 0.5 * e - 0.5 if e > 0.41421356237309503 else e
         exponent = 0.6931471805599453 if e > 0.41421356237309503 else 0.0
-        s = f / (2.0 + f)
-        z = s * s
-        half = 0.5 * f * f
+        s = (0.5 * e_up - 0.5 * up if e > 0.41421356237309503 else e_up) / (2.0 + f)
+        z = (s * down) * (s * down)
         p = multiply_add_double(0.14799487338447104, z, 0.1531368752092411)
         p = multiply_add_double(p, z, 0.1818357906686337)
         p = multiply_add_double(p, z * z, multiply_add_double(0.22222198273544116, z, 0.28571428745551214))
         p = multiply_add_double(p, z * z, multiply_add_double(0.3999999999939863, z, 0.6666666666666737))
-        p = (exponent + (f - e)) - (half - s * multiply_add_double(z, p, half))
-        return both_e + multiply_add_double(both, p, rest)
+        return multiply_add_double(both * down * s, multiply_add_double(z, p, 2.0), both * exponent + rest)
 
 
 cdef inline floating multiply_add(floating a, floating b, floating c) noexcept nogil:
@@ -131,6 +133,7 @@ cdef inline floating multiply_add(floating a, floating b, floating c) noexcept n
         return multiply_add_double(a, b, c)
 
 
+# -|x|
 cdef inline floating below_zero(floating x) noexcept nogil:
     if floating is float:
         return copysignf(x, -1.0)
@@ -152,8 +155,8 @@ cdef inline void set_exponentials(const floating* x, Py_ssize_t n, floating* e, 
         e[i] = exp_shifted(below_zero(x[i]), <floating>0.0, low, <floating>INFINITY, magic)
 
 
-# The same without a shift, and whether all y are in [0, 1], which costs nothing beside the arithmetic: as integers, the
-# bits of all other numbers are above those of 1 (-0.0 is made 0.0).
+# The same without a shift, and whether all y are in [0, 1], which costs nothing beside the arithmetic: as integers,
+# the bits of all other numbers are above those of 1 (-0.0 is made 0.0).
 cdef inline bint set_exponentials_and_look(
     const floating* x, const floating* y, Py_ssize_t n, floating* e
 ) noexcept nogil:
@@ -183,42 +186,41 @@ cdef inline void take_plain(
     const floating* x, const floating* a, const floating* e, Py_ssize_t n, floating scale, floating* loss,
     floating* slope,
 ) noexcept nogil:
+    cdef floating one = <floating>1.0
     cdef floating b, near, far
     cdef Py_ssize_t i
     if slope == NULL:
         for i in range(n):
-            near = <floating>1.0 - a[i] if x[i] > 0 else -a[i]
-            loss[i] = add_log1p(<floating>1.0, e[i], e[i], product_of(near, x[i]))
+            near = one - a[i] if x[i] > 0 else -a[i]
+            loss[i] = add_log1p(one, e[i], one, one, product_of(near, x[i]))
         return
     for i in range(n):
-        b = <floating>1.0 - a[i]
+        b = one - a[i]
         near = b if x[i] > 0 else -a[i]
         far = -a[i] if x[i] > 0 else b
-        loss[i] = add_log1p(<floating>1.0, e[i], e[i], product_of(near, x[i]))
-        slope[i] = multiply_add(far, e[i], near) / (<floating>1.0 + e[i]) * scale
+        loss[i] = add_log1p(one, e[i], one, one, product_of(near, x[i]))
+        slope[i] = multiply_add(far, e[i], near) / (one + e[i]) * scale
 
 
-# Any coefficients. Exponentials come times 2^32, so that a product with a large coefficient keeps its digits where they
-# alone would be below the dtype's normal numbers.
-cdef inline void take_any(
+# Any coefficients. The exponentials come times 2^32, so that a product with a large coefficient keeps its digits where
+# they alone would be below the dtype's normal numbers.
+cdef inline void take_general(
     const floating* x, const floating* a, const floating* b, const floating* e, Py_ssize_t n, floating scale,
     floating* loss, floating* slope,
 ) noexcept nogil:
-    cdef floating down = <floating>2.3283064365386963e-10
-    cdef floating both, near, far
+    cdef floating up = <floating>4294967296.0, down = <floating>2.3283064365386963e-10, one = <floating>1.0
+    cdef floating near, far
     cdef Py_ssize_t i
     if slope == NULL:
         for i in range(n):
             near = b[i] if x[i] > 0 else -a[i]
-            both = a[i] + b[i]
-            loss[i] = add_log1p(both, both * down * e[i], e[i] * down, product_of(near, x[i]))
+            loss[i] = add_log1p(a[i] + b[i], e[i], up, down, product_of(near, x[i]))
         return
     for i in range(n):
         near = b[i] if x[i] > 0 else -a[i]
         far = -a[i] if x[i] > 0 else b[i]
-        both = a[i] + b[i]
-        loss[i] = add_log1p(both, both * down * e[i], e[i] * down, product_of(near, x[i]))
-        slope[i] = multiply_add(far * down, e[i], near) / (<floating>1.0 + e[i] * down) * scale
+        loss[i] = add_log1p(a[i] + b[i], e[i], up, down, product_of(near, x[i]))
+        slope[i] = multiply_add(far * down, e[i], near) / (one + e[i] * down) * scale
 
 
 # The sum of a block, in an order that depends on its length alone: four by four in the dtype, then in float64.
@@ -312,7 +314,7 @@ cdef inline int kind_of(const floating* like) noexcept nogil:
 
 # Entries [first, first + n), n <= BLOCK; returns whether all targets are in [0, 1].
 cdef bint take_block(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* kept
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
 ) noexcept nogil:
     cdef floating[BLOCK] logits, positive, negative, e, loss, slopes
     cdef const floating* x = <const floating*>batch.logits + first
@@ -342,7 +344,7 @@ cdef bint take_block(
     else:
         inside = set_coefficients(batch, first, n, positive, negative)
         set_exponentials(x, n, e, -32.0)
-        take_any(x, positive, negative, e, n, scale, loss, slope)
+        take_general(x, positive, negative, e, n, scale, loss, slope)
 
     if batch.weighted:
         finish_weighted(batch, first, n, loss, slope, losses, out)
@@ -433,24 +435,24 @@ cdef int team_of(Py_ssize_t n, int num_threads) noexcept nogil:
 
 # The whole batch; returns how many blocks have targets outside [0, 1].
 cdef Py_ssize_t take_batch(
-    const Batch* batch, int num_threads, const floating* like, const stored* kept
+    const Batch* batch, int num_threads, const floating* like, const stored* like_stored
 ) noexcept nogil:
     cdef Py_ssize_t size = task_entries(batch.n, num_threads)
     cdef Py_ssize_t task, outside = 0
     num_threads = team_of(batch.n, num_threads)
     if num_threads == 1:
-        return take_entries(batch, 0, batch.n, like, kept)
+        return take_entries(batch, 0, batch.n, like, like_stored)
     for task in prange((batch.n + size - 1) // size, num_threads=num_threads, schedule="dynamic", chunksize=1):
-        outside += take_entries(batch, task * size, smaller(size, batch.n - task * size), like, kept)
+        outside += take_entries(batch, task * size, smaller(size, batch.n - task * size), like, like_stored)
     return outside
 
 
 cdef Py_ssize_t take_entries(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* kept
+    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
 ) noexcept nogil:
     cdef Py_ssize_t i, outside = 0
     for i in range(blocks_of(n)):
-        outside += not take_block(batch, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like, kept)
+        outside += not take_block(batch, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like, like_stored)
     return outside
 
 
@@ -463,7 +465,7 @@ cdef Py_ssize_t take_any_batch(Batch* batch, int num_threads, bint single, bint 
     return take_batch(batch, num_threads, <const float*>NULL, <const float*>NULL)
 
 
-# Whether a product with `scale` stays among the normal float32 numbers when the other factor does not leave [2^-62, 1].
+# Whether float32 is too narrow for gradients times `scale`.
 cdef inline bint is_extreme(double scale) noexcept nogil:
     return scale != 0 and not 2.168404344971009e-19 <= fabs(scale) <= 1.8446744073709552e19
 
@@ -508,11 +510,10 @@ def binary_entries(
 def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries, choose_threads):
     """Return (mean loss, gradient or None) of a plain call, or None if it is not one."""
     cdef Batch batch
-    cdef Py_ssize_t outside
     cdef int num_threads = 1
     cdef int kind
     cdef double total
-    cdef bint single
+    cdef bint single, look_first, accepted
     if not (is_plain(logits) and is_plain(targets) and cnp.PyArray_SAMESHAPE(logits, targets)):
         return None
     kind = cnp.PyArray_TYPE(logits)
@@ -535,27 +536,35 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
     batch.losses = NULL
     batch.plain = is_exact(batch.targets.kind, single)
     batch.weighted = False
-    if out is not None and outside_of(&batch.targets, NULL, batch.n, 0.0, 1.0, num_threads):
-        return None
     batch.sums = <double*>malloc(blocks_of(batch.n) * sizeof(double))
     if batch.sums == NULL:
         raise MemoryError("fastce could not allocate its working memory")
+    look_first = out is not None
     try:
         if with_grad and out is None:
             out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), kind, 0)
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         if num_threads == 1 and batch.n < GIL_ENTRIES:
-            outside = take_any_batch(&batch, 1, single, False)
+            accepted = take_plain_batch(&batch, 1, single, look_first)
         else:
             with nogil:
-                outside = take_any_batch(&batch, num_threads, single, False)
-        if outside:
+                accepted = take_plain_batch(&batch, num_threads, single, look_first)
+        if not accepted:
             return None
         total = pairwise_sum(batch.sums, blocks_of(batch.n))
         return total / batch.n, out
     finally:
         free(batch.sums)
+
+
+# Returns whether all targets are in [0, 1]; if not and `look_first` is true, nothing has been written.
+cdef bint take_plain_batch(Batch* batch, int num_threads, bint single, bint look_first) noexcept nogil:
+    cdef Py_ssize_t outside
+    if look_first and outside_of(&batch.targets, NULL, batch.n, 0.0, 1.0, num_threads):
+        return False
+    outside = take_any_batch(batch, num_threads, single, False)
+    return look_first or outside == 0
 
 
 # Whether targets of this kind lose nothing when they become logits' dtype.
@@ -596,18 +605,23 @@ cdef Numbers numbers_of(value):
     numbers.constant = 1.0
     if isinstance(value, cnp.ndarray):
         numbers.data = <char*>cnp.PyArray_DATA(value)
-        numbers.kind = plain_kind(value)
+        numbers.kind = loaded_kind(value)
     elif value is not None:
         numbers.constant = value
     return numbers
 
 
 # The kind that `load` knows: an integer's sign does not matter where all but 0 and 1 is refused.
-cdef int plain_kind(cnp.ndarray array):
+cdef int loaded_kind(cnp.ndarray array) noexcept:
     cdef int kind = cnp.PyArray_TYPE(array)
-    if kind in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64):
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(array)
+    if kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64:
         return kind
-    return {1: cnp.NPY_INT8, 2: cnp.NPY_INT16, 4: cnp.NPY_INT32, 8: cnp.NPY_INT64}[cnp.PyArray_ITEMSIZE(array)]
+    if itemsize == 8:
+        return cnp.NPY_INT64
+    if itemsize == 4:
+        return cnp.NPY_INT32
+    return cnp.NPY_INT16 if itemsize == 2 else cnp.NPY_INT8
 
 
 def first_outside(values, sample_weight, Py_ssize_t n, double low, double high, int num_threads):
@@ -621,6 +635,8 @@ def first_outside(values, sample_weight, Py_ssize_t n, double low, double high, 
         if not outside_of(&numbers, &weights, n, low, high, num_threads):
             first = -1
         else:
+            while not outside_of_block(&numbers, &weights, first, smaller(BLOCK, n - first), low, high):
+                first += BLOCK
             while not outside_of_block(&numbers, &weights, first, 1, low, high):
                 first += 1
     return first
