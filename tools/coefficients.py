@@ -5,6 +5,7 @@
 exp:  e^r = 1 + r + r^2 * Q(r)            for |r| <= ln2/2, relative error minimised
 log:  log((1+s)/(1-s)) = 2s + s^3 * R(s^2)  for |s| <= (sqrt2-1)/(sqrt2+1), relative error minimised
 tanh: tanh(y) = y + y^3 * T(y^2)           for |y| <= 0.3, relative error minimised
+log1p: log1p(e) = e * P(e)                 for 0 <= e <= 1, relative error minimised
 
 A least-squares fit at Chebyshev nodes comes within a few per cent of the minimax error. Rounding a coefficient shifts
 the best choice of the others, so they are rounded in order of influence and the rest is fitted anew each time.
@@ -98,6 +99,10 @@ def main():
     show("log", coefficients, 0, error)
     coefficients, error = rounded_fit(tanh_quotient, lambda z: z, mp.mpf("1e-9"), mp.mpf("0.0901"), 7, float64)
     show("tanh", coefficients, 0, error)
+    coefficients, error = rounded_fit(
+        lambda e: mp.log1p(e) / e, lambda e: e / mp.log1p(e), mp.mpf("1e-12"), mp.mpf(1), 9, float32
+    )
+    show("log1p float32", coefficients, 0, error)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ cdef struct Batch:
 
 # both * log1p(e) + rest for 0 <= e <= 1, e given as e * up, up = 1/down a power of two; nan stays nan.
 # float32: log1p(e) = e * P(e), the error of P alone is 2^-27.3 (tools/coefficients.py).
-# float64: 1 + e = 2^k (1 + f) with k = 0 or 1, -0.3 < f < 0.42, log(1 + f) = 2 atanh(s), s = f / (2 + f), with the series
-# of vexp.pxd's log_mantissa.
+# float64: 1 + e = 2^k (1 + f) with k = 0 or 1, -0.3 < f < 0.42, log(1 + f) = 2 atanh(s), s = f / (2 + f), with the
+# series of vexp.pxd's log_mantissa.
 cdef inline floating add_log1p(
     floating both, floating e_up, floating up, floating down, floating rest
 ) noexcept nogil:
