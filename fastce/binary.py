@@ -67,24 +67,25 @@ def binary_cross_entropy(
 
     Notes
     -----
-    A logit of +inf with the target 1, or -inf with 0, has the loss 0, the opposite +inf; nan stays nan. Every loss is
-    within 5e-7 (float32) or 2e-15 (float64) of the exact value, relatively, as long as :math:`e^{-|x|}` is a normal
-    number of the dtype; it is never negative, nor -0.0, if the weights are not. The stable form is common; that of
-    `pos_weight` is PyTorch's ``binary_cross_entropy_with_logits``.
+    A logit of +inf with the target 1, or -inf with 0, has the loss 0, the opposite +inf; nan stays nan. Every loss,
+    before `sample_weight` multiplies it, is within 5e-7 (float32) or 2e-15 (float64) of the exact value, relatively,
+    down to the smallest normal number; it is never negative, nor -0.0, if the weights are not. The formula with
+    `pos_weight` and weights is that of PyTorch's ``binary_cross_entropy_with_logits``, whose mean divides by the number
+    of entries even with weights: pass that as `denominator` to get its value.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from fastce.binary import binary_cross_entropy
+    >>> import fastce
     >>> logits = np.array([2.0, 0.0, -1.0])
-    >>> binary_cross_entropy(logits, [1, 0, 1], reduction="none").round(6)
+    >>> fastce.binary_cross_entropy(logits, [1, 0, 1], reduction="none").round(6)
     array([0.126928, 0.693147, 1.313262])
-    >>> print(f"{binary_cross_entropy(logits, [1, 0, 1]):.6f}")
+    >>> print(f"{fastce.binary_cross_entropy(logits, [1, 0, 1]):.6f}")
     0.711112
 
     A confident entry, where log(sigmoid) gives 0:
 
-    >>> print(f"{binary_cross_entropy(np.array([50.0]), [1]):.7e}")
+    >>> print(f"{fastce.binary_cross_entropy(np.array([50.0]), [1]):.7e}")
     1.9287498e-22
     """
     if is_plain(pos_weight, sample_weight, label_smoothing, reduction, denominator, num_threads):
@@ -151,9 +152,9 @@ def binary_cross_entropy_with_grad(
     Examples
     --------
     >>> import numpy as np
-    >>> from fastce.binary import binary_cross_entropy_with_grad
+    >>> import fastce
     >>> logits = np.array([2.0, 0.0, -1.0])
-    >>> loss, grad = binary_cross_entropy_with_grad(logits, [1, 0, 1], reduction="sum")
+    >>> loss, grad = fastce.binary_cross_entropy_with_grad(logits, [1, 0, 1], reduction="sum")
     >>> print(f"{loss:.6f}")
     2.133337
     >>> grad.round(6)
