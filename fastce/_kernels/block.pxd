@@ -4,7 +4,7 @@ from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, larger, smaller
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, larger, row_maximum, smaller
 from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
 
 cdef extern from "target.h" nogil:
@@ -273,6 +273,31 @@ cdef inline void curve_rows(
                 hess[j] = <floating>(grad[j] * (1.0 - p))
         p = rows.at_target[r] / (rows.others[r] + rows.at_target[r])
         hess[t] = <floating>(miss_of(rows.others[r], rows.at_target[r]) * p * scale)
+        if rows.others[r] > rows.at_target[r]:
+            curve_leader(grad, hess, batch.n_classes, t, scale, p)
+
+
+# The Hessian at a class other than the target with more than half of the probability, where 1 - g/k would cancel: 1 - p
+# is what all others have together.
+cdef inline void curve_leader(
+    const floating* grad, floating* hess, Py_ssize_t n, Py_ssize_t t, double scale, double at_target
+) noexcept nogil:
+    cdef floating largest = row_maximum(grad, n)
+    cdef double rest = at_target
+    cdef Py_ssize_t j, leader = -1
+    if scale < 0.0:
+        largest = 0
+        for j in range(n):
+            largest = grad[j] if grad[j] < largest else largest
+    if not largest / scale > 0.5:
+        return
+    for j in range(n):
+        if leader < 0 and grad[j] == largest:
+            leader = j
+        elif j != t:
+            rest += grad[j] / scale
+    if leader >= 0:
+        hess[leader] = <floating>(largest * rest)
 
 
 # Whether scale * inverse is nan or a normal number of the dtype, with room to spare, or 0 because `scale` is.
