@@ -53,8 +53,8 @@ def test_differences_of_gradients_give_the_hessian(options, reduction, rng):
 @pytest.mark.parametrize("generator", hard_rows.GENERATORS, ids=lambda generator: generator.__name__)
 def test_hard_rows_are_accurate(generator, dtype, rng):
     for number, (logits, ids) in enumerate(generator(dtype, rng)):
-        logits, ids = few_rows(logits, ids, 3000)
-        if logits.size > 10_000 or not has_finite_range(logits):
+        logits, ids = few_rows(logits, ids, 1000)
+        if logits.size > 5000 or not has_finite_range(logits):
             continue
         options = filled(UNCAPPED[number % len(UNCAPPED)], logits, ids, rng)
         truth = truth_of(logits, ids, reduction="none", **options)
