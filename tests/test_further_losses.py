@@ -316,6 +316,15 @@ def test_a_softmax_does_not_diverge_from_itself(dtype, rng):
         assert (np.abs(moved) <= 1e-4).all() and (moved >= 0).all()
 
 
+@pytest.mark.parametrize("distance", [1e-2, 1e-6, 1e-9, 1e-12])
+def test_a_divergence_between_softmaxes_is_never_negative(distance, dtype, rng):
+    for classes in (2, 3, 10, 97):
+        teacher = rng.normal(0, 2, (2000, classes))
+        student = teacher + distance * rng.normal(0, 1, teacher.shape)
+        losses = loss_of("kl", student.astype(dtype), teacher.astype(dtype), from_logits=True, reduction="none")
+        assert (losses >= 0).all() and not np.signbit(losses).any()
+
+
 def test_divergence_is_cross_entropy_less_entropy(dtype, rng):
     logits, q = rng.normal(0, 3, (20, 9)).astype(dtype), rng.dirichlet(np.ones(9), 20)
     losses, gradient = with_grad("kl", logits, q, reduction="none")
