@@ -52,7 +52,7 @@ def assert_true(logits, what=""):
 @pytest.mark.parametrize("generator", hard_rows.GENERATORS, ids=named)
 def test_hard_rows_are_accurate(generator, dtype, rng):
     for number, (logits, targets) in enumerate(generator(dtype, rng)):
-        logits, _ = few_rows(logits, targets, 6000)
+        logits, _ = few_rows(logits, targets, 3000)
         if logits.size <= 20_000:
             assert_true(logits, (generator.__name__, number, logits.shape))
 
@@ -127,16 +127,16 @@ INFINITE = [
 
 
 @pytest.mark.parametrize("row", INFINITE, ids=str)
-@pytest.mark.parametrize("classes", [3, 20, 100, 5000])
-def test_scipy_agrees_on_infinities(row, classes):
-    logits = np.full(classes, -np.inf)
-    logits[[0, classes // 2, classes - 1]] = row
-    with np.errstate(all="ignore"):
-        theirs = scipy.special.logsumexp(logits)
-        np.testing.assert_allclose(fastce.logsumexp(logits), theirs, rtol=1e-14)
-        np.testing.assert_allclose(fastce.softmax(logits), scipy.special.softmax(logits), rtol=1e-14)
-        if not np.isposinf(row).any():
-            np.testing.assert_allclose(fastce.log_softmax(logits), scipy.special.log_softmax(logits), rtol=1e-14)
+def test_scipy_agrees_on_infinities(row):
+    for classes in (3, 20, 100, 5000):
+        logits = np.full(classes, -np.inf)
+        logits[[0, classes // 2, classes - 1]] = row
+        with np.errstate(all="ignore"):
+            theirs = scipy.special.logsumexp(logits)
+            np.testing.assert_allclose(fastce.logsumexp(logits), theirs, rtol=1e-14)
+            np.testing.assert_allclose(fastce.softmax(logits), scipy.special.softmax(logits), rtol=1e-14)
+            if not np.isposinf(row).any():
+                np.testing.assert_allclose(fastce.log_softmax(logits), scipy.special.log_softmax(logits), rtol=1e-14)
 
 
 # Special values
@@ -157,16 +157,16 @@ def test_the_log_sum_exp_of_infinite_rows(classes, dtype):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=named)
-@pytest.mark.parametrize("classes", [1, 2, 3, 16, 17, 97, 128, 4099])
-def test_a_bad_row_is_nan_and_touches_no_other(function, classes, dtype, rng):
-    logits = rng.normal(0, 3, (7, classes)).astype(dtype)
-    clean = function(logits)
-    for bad in (np.nan, np.inf, -np.inf):
-        spoiled = logits.copy()
-        spoiled[3, ... if bad == -np.inf else classes // 2] = bad
-        got = function(spoiled)
-        assert np.isnan(got[3]).all()
-        assert_same_bits(np.delete(got, 3, 0), np.delete(clean, 3, 0))
+def test_a_bad_row_is_nan_and_touches_no_other(function, dtype, rng):
+    for classes in (1, 2, 3, 16, 17, 97, 128, 4099):
+        logits = rng.normal(0, 3, (7, classes)).astype(dtype)
+        clean = function(logits)
+        for bad in (np.nan, np.inf, -np.inf):
+            spoiled = logits.copy()
+            spoiled[3, ... if bad == -np.inf else classes // 2] = bad
+            got = function(spoiled)
+            assert np.isnan(got[3]).all()
+            assert_same_bits(np.delete(got, 3, 0), np.delete(clean, 3, 0))
 
 
 def test_minus_infinity_has_probability_zero(dtype, rng):

@@ -99,20 +99,20 @@ def assert_true(name, logits, ids, what="", **shape):
 @pytest.mark.parametrize("generator", hard_rows.GENERATORS, ids=lambda generator: generator.__name__)
 def test_hard_rows_are_accurate(generator, dtype, rng):
     for number, (logits, ids) in enumerate(generator(dtype, rng)):
-        logits, ids = few_rows(logits, ids, 3000)
-        if logits.size > 10_000 or not has_finite_range(logits):
+        logits, ids = few_rows(logits, ids, 1500)
+        if logits.size > 5000 or not has_finite_range(logits):
             continue
         name, shape = TARGET_LOSSES[number % len(TARGET_LOSSES)]
         assert_true(name, logits, ids, (generator.__name__, number, logits.shape, name, shape), **shape)
 
 
 @each_target_loss
-@pytest.mark.parametrize("classes", [1, 2, 3, 16, 17, 48, 97, 128, 1000, 4097, 70_000])
-def test_rows_of_any_length_are_accurate(name, shape, classes, dtype, rng):
-    logits = (rng.normal(0, 1, (4, classes)) * [[0.1], [3], [30], [3]]).astype(dtype)
-    ids = rng.integers(0, classes, 4)
-    ids[3] = logits[3].argmax()
-    assert_true(name, logits, ids, classes, **shape)
+def test_rows_of_any_length_are_accurate(name, shape, dtype, rng):
+    for classes in (1, 2, 3, 17, 97, 1000, 4097):
+        logits = (rng.normal(0, 1, (4, classes)) * [[0.1], [3], [30], [3]]).astype(dtype)
+        ids = rng.integers(0, classes, 4)
+        ids[3] = logits[3].argmax()
+        assert_true(name, logits, ids, classes, **shape)
 
 
 def test_confident_rows_agree_with_mpmath(dtype):
@@ -279,7 +279,7 @@ def assert_true_divergence(logits, targets, what="", from_logits=False):
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 16, 17, 97, 128, 1000, 4097, 70_000])
 def test_divergences_are_accurate(classes, dtype, rng):
-    for scale in (0.1, 3, 40):
+    for scale in (0.1, 3, 40) if classes < 10_000 else (3,):
         logits = rng.normal(0, scale, (3, classes)).astype(dtype)
         q = rng.dirichlet(np.ones(classes), 3) * (rng.random((3, classes)) < 0.7)
         assert_true_divergence(logits, q.astype(dtype), classes)
@@ -314,6 +314,15 @@ def test_a_softmax_does_not_diverge_from_itself(dtype, rng):
         assert (np.abs(gradient) <= 4 * GRADIENT_BOUND[dtype.name] * p + 1e-37).all()
         moved = with_grad("kl", logits, logits + dtype.type(2), from_logits=True, reduction="none")[0]
         assert (np.abs(moved) <= 1e-4).all() and (moved >= 0).all()
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-6, 1e-9, 1e-12])
+def test_a_divergence_between_softmaxes_is_never_negative(distance, dtype, rng):
+    for classes in (2, 3, 10, 97):
+        teacher = rng.normal(0, 2, (2000, classes))
+        student = teacher + distance * rng.normal(0, 1, teacher.shape)
+        losses = loss_of("kl", student.astype(dtype), teacher.astype(dtype), from_logits=True, reduction="none")
+        assert (losses >= 0).all() and not np.signbit(losses).any()
 
 
 def test_divergence_is_cross_entropy_less_entropy(dtype, rng):

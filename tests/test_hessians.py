@@ -53,8 +53,8 @@ def test_differences_of_gradients_give_the_hessian(options, reduction, rng):
 @pytest.mark.parametrize("generator", hard_rows.GENERATORS, ids=lambda generator: generator.__name__)
 def test_hard_rows_are_accurate(generator, dtype, rng):
     for number, (logits, ids) in enumerate(generator(dtype, rng)):
-        logits, ids = few_rows(logits, ids, 3000)
-        if logits.size > 10_000 or not has_finite_range(logits):
+        logits, ids = few_rows(logits, ids, 1000)
+        if logits.size > 5000 or not has_finite_range(logits):
             continue
         options = filled(UNCAPPED[number % len(UNCAPPED)], logits, ids, rng)
         truth = truth_of(logits, ids, reduction="none", **options)
@@ -142,7 +142,9 @@ def test_the_logit_scale_counts_twice(dtype, rng):
     _, gradient, hessian = row_results(logits * dtype.type(4), ids)
     _, scaled_gradient, scaled_hessian = row_results(logits, ids, logit_scale=4.0)
     np.testing.assert_allclose(scaled_gradient, 4 * gradient, rtol=1e-6)
-    np.testing.assert_allclose(scaled_hessian, 16 * hessian, rtol=1e-6)
+    # The bound refers to p, not to p (1 - p): two ways to the same number differ by that much where p is nearly 1.
+    allowed = 2 * GRADIENT_BOUND[dtype.name] * fastce.softmax(4 * logits)
+    assert (np.abs(scaled_hessian / 16 - hessian) <= allowed).all()
 
 
 def test_there_is_no_factor_of_two_and_no_floor(rng):

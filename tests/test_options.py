@@ -64,8 +64,10 @@ def transformed(x, dtype, logit_scale, softcap):
     z = np.where(np.isinf(x), x, softcap * np.tanh(inner)).astype(dtype)
     slope = logit_scale / np.cosh(inner) ** 2
     doubt = np.spacing(np.abs(np.where(np.isfinite(z), z, 0)))
-    # d log(slope) = 2 tanh(inner) d inner, and `inner` is a product and a quotient of float64.
-    return z, slope, doubt, np.where(np.isfinite(inner), np.abs(inner), 0) * 2.0**-50
+    # d log(slope) = 2 tanh(inner) d inner, and `inner` is a product and a quotient of float64. A slope below the normal
+    # numbers has lost its digits.
+    slope_doubt = np.where(np.isfinite(inner), np.abs(inner), 0) * 2.0**-50
+    return z, slope, doubt, np.where(slope < 8 * np.finfo(dtype).smallest_normal, 1.0, slope_doubt)
 
 
 def solve(x, a, shown, *, logit_scale=1.0, softcap=None, z_loss=0.0):
@@ -468,8 +470,8 @@ def has_finite_range(logits):
 def test_hard_rows_are_true_under_every_option(generator, dtype, rng):
     sets = itertools.cycle(OPTION_SETS)
     for number, (logits, targets) in enumerate(generator(dtype, rng)):
-        logits, targets = few_rows(logits, targets, 2000)
-        if logits.size > 10_000 or not has_finite_range(logits):
+        logits, targets = few_rows(logits, targets, 1000)
+        if logits.size > 5000 or not has_finite_range(logits):
             continue
         for options in itertools.islice(sets, 2):
             what = (generator.__name__, number, logits.shape, options)
@@ -477,8 +479,8 @@ def test_hard_rows_are_true_under_every_option(generator, dtype, rng):
             assert_true(logits, targets, reduction="none", what=what, **options)
 
 
-BORDERS = [15, 16, 17, 63, 64, 65, 96, 97, 127, 128, 129, 1024, 2048, 4095, 4096, 4097, 8192, 8193]
-LONG_BORDERS = [65_535, 65_536, 65_537, 70_001]
+BORDERS = [16, 17, 64, 65, 96, 97, 128, 129, 1024, 2049, 4096, 4097, 8193]
+LONG_BORDERS = [65_536, 65_537]
 
 
 @pytest.mark.parametrize("classes", BORDERS + LONG_BORDERS)
@@ -814,41 +816,38 @@ def test_one_class_is_certain(options, dtype, rng):
 # Corner cases: rows that do not count
 
 
+def cases_with_two_rows_left_out(ids, s, q):
+    """Yield (targets, sample weights) of rows of which the second and the fifth do not count."""
+    left_out = np.isin(np.arange(6), [1, 4])
+    yield np.where(left_out, -100, ids), s
+    for targets in (ids, q, SparseTargets(ids[:, None], s[:, None] ** 2)):
+        yield targets, np.where(left_out, 0, s)
+
+
 @pytest.mark.parametrize("options", OPTION_SETS, ids=str)
-@pytest.mark.parametrize("classes", [1, 20, 97, 5000])
-def test_rows_that_do_not_count_are_never_read(options, classes, dtype, rng):
-    logits = rng.normal(0, 3, (6, classes)).astype(dtype)
-    ids = rng.integers(0, classes, 6)
-    options = filled(options, logits, ids, rng)
-    s = np.array(options.pop("sample_weight", np.ones(6)))
-    ignored, weightless = ids.copy(), s.copy()
-    ignored[[1, 4]] = -100
-    weightless[[1, 4]] = 0
-    q = rng.random((6, classes)) * options.get("class_mask", True)
-    sparse = SparseTargets(ids[:, None], s[:, None] ** 2)
-    cases = [(ignored, s), (ids, weightless), (q, weightless), (sparse, weightless)]
-    for targets, sample_weight in cases:
-        options["sample_weight"] = sample_weight
-        clean = fastce.cross_entropy_with_grad(logits, targets, reduction="none", **options)
-        for bad in (np.nan, np.inf, -np.inf):
-            spoiled = logits.copy()
-            spoiled[[1, 4]] = bad
-            spoiled_targets = targets
-            if targets is q:
-                spoiled_targets = np.where(np.isin(np.arange(6), [1, 4])[:, None], -1.0 if bad == np.inf else bad, q)
-            out = np.full_like(logits, 7)
-            got = fastce.cross_entropy_with_grad(
-                spoiled, spoiled_targets, reduction="none", out=out, grad_output=1.0, **options
-            )
-            for one, other in zip(got, clean, strict=True):
-                assert_same_bits(one, other)
-                assert not one[[1, 4]].any()
-            assert not np.signbit(got[1][[1, 4]]).any()
-            for factor in (np.nan, np.inf):
-                gradient = fastce.cross_entropy_with_grad(
-                    spoiled, spoiled_targets, reduction="sum", grad_output=factor, **options
-                )[1]
-                assert not gradient[[1, 4]].any()
+def test_rows_that_do_not_count_are_never_read(options, dtype, rng):
+    for classes in (1, 20, 97, 5000):
+        logits = rng.normal(0, 3, (6, classes)).astype(dtype)
+        ids = rng.integers(0, classes, 6)
+        given = {"reduction": "none", **filled(options, logits, ids, rng)}
+        s = np.array(given.pop("sample_weight", np.ones(6)))
+        q = rng.random((6, classes)) * given.get("class_mask", True)
+        for targets, weights in cases_with_two_rows_left_out(ids, s, q):
+            given["sample_weight"] = weights
+            clean = fastce.cross_entropy_with_grad(logits, targets, **given)
+            for bad in (np.nan, np.inf, -np.inf):
+                spoiled, out = logits.copy(), np.full_like(logits, 7)
+                spoiled[[1, 4]] = bad
+                if targets is q:
+                    q[[1, 4]] = -1.0 if bad == np.inf else bad
+                got = fastce.cross_entropy_with_grad(spoiled, targets, out=out, **given)
+                for one, other in zip(got, clean, strict=True):
+                    assert_same_bits(one, other)
+                    assert not one[[1, 4]].any()
+                assert not np.signbit(got[1][[1, 4]]).any()
+                for factor in (np.nan, np.inf):
+                    gradient = fastce.cross_entropy_with_grad(spoiled, targets, grad_output=factor, **given)[1]
+                    assert not gradient[[1, 4]].any()
 
 
 def test_a_row_of_sample_weight_zero_may_have_every_class_masked(dtype):
@@ -886,10 +885,9 @@ each_kind = pytest.mark.parametrize(("kind", "options"), KIND_CASES, ids=str)
 
 
 @each_kind
-@pytest.mark.parametrize("classes", [2, 20, 97, 4099])
-def test_one_bad_logit_spoils_its_row_and_no_other(kind, options, classes, dtype, rng):
-    where = np.unique([0, classes // 2, classes - 1])
-    for bad in (np.nan, np.inf):
+def test_one_bad_logit_spoils_its_row_and_no_other(kind, options, dtype, rng):
+    for classes, bad in itertools.product([2, 20, 97, 2051], [np.nan, np.inf]):
+        where = np.array([0, classes - 1])
         logits = rng.normal(0, 3, (2 * len(where), classes)).astype(dtype)
         ids = rng.integers(0, classes, len(logits))
         given = filled(options, logits, ids, rng)
@@ -910,7 +908,7 @@ def test_one_bad_logit_spoils_its_row_and_no_other(kind, options, classes, dtype
 
 @each_kind
 def test_a_row_of_nothing_but_minus_infinity_is_nan(kind, options, dtype, rng):
-    for classes in (2, 20, 97, 5000):
+    for classes in (2, 20, 97, 2051):
         logits = rng.normal(0, 3, (3, classes)).astype(dtype)
         logits[1] = -np.inf
         given = filled(options, logits, np.array([0, 1, 1]), rng)
@@ -921,7 +919,7 @@ def test_a_row_of_nothing_but_minus_infinity_is_nan(kind, options, dtype, rng):
 
 @each_kind
 def test_minus_infinity_elsewhere_has_gradient_zero(kind, options, dtype, rng):
-    for classes in (3, 20, 97, 5000):
+    for classes in (3, 20, 97, 2051):
         logits = rng.normal(0, 3, (4, classes)).astype(dtype)
         logits[:, 1] = -np.inf
         given = filled(options, logits, np.array([0, 2, 0, 2]), rng)
@@ -937,7 +935,7 @@ def test_minus_infinity_elsewhere_has_gradient_zero(kind, options, dtype, rng):
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_target_of_minus_infinity_is_an_infinite_loss_with_a_finite_gradient(kind, dtype, rng):
-    for classes in (2, 20, 97, 5000):
+    for classes in (2, 20, 97, 2051):
         logits = rng.normal(0, 3, (2, classes)).astype(dtype)
         logits[:, -1] = -np.inf
         targets = as_kind(kind, [classes - 1, classes - 1], classes)
@@ -976,7 +974,7 @@ def test_full_smoothing_takes_no_notice_of_the_target(dtype):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"weight": ...}], ids=str)
 def test_a_target_on_a_masked_class_is_an_infinite_loss_with_a_finite_gradient(kind, options, dtype, rng):
-    for classes in (2, 20, 97, 5000):
+    for classes in (2, 20, 97, 2051):
         logits = rng.normal(0, 3, (4, classes)).astype(dtype)
         logits[1:, 0] = [np.nan, np.inf, -np.inf]
         mask = np.arange(classes) > 0
@@ -1254,11 +1252,14 @@ def test_threads_change_no_bit(options, shape, dtype):
     expected = gradients_of(logits, targets, given, num_threads=1)
     for num_threads in range(2, 9) if shape[1] < 1000 else (2, 8):
         assert_all_same(gradients_of(logits, targets, given, num_threads=num_threads), expected, num_threads)
+    out = logits.copy()
+    assert_all_same(gradients_of(out, targets, given, num_threads=3, out=out), expected, "in place")
 
 
 @each_case
 def test_the_place_in_the_batch_changes_no_bit(options, shape, dtype):
     logits, targets, given = problem(options, shape, dtype)
+    given["num_threads"] = 1
     expected = gradients_of(logits, targets, given)
     rows = shape[0]
     order = np.random.default_rng(1).permutation(rows)
@@ -1273,6 +1274,7 @@ def test_the_place_in_the_batch_changes_no_bit(options, shape, dtype):
 @each_case
 def test_loss_alone_out_and_in_place_change_no_bit(options, shape, dtype):
     logits, targets, given = problem(options, shape, dtype)
+    given["num_threads"] = 1
     losses, gradient = fastce.cross_entropy_with_grad(logits, targets, reduction="none", **given)
     alone = {name: value for name, value in given.items() if name != "grad_output"}
     assert_same_bits(fastce.cross_entropy(logits, targets, reduction="none", **alone), losses)
@@ -1305,13 +1307,15 @@ def test_layouts_change_no_bit(options, dtype):
 
 # Few classes and no options but weights have a kernel of their own there; the others pass through buffers.
 COLUMNS = [1, 2, 3, 7, 8, 9, 21, 33, 48, 49, 95, 96, 97, 130]
-COLUMN_CASES = [*itertools.product([{}, *PLAIN], COLUMNS), *itertools.product(GENERAL, [3, 97])]
 
 
-@pytest.mark.parametrize(
-    ("options", "classes"), COLUMN_CASES, ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value)
-)
-def test_class_axis_one_has_the_bits_of_class_axis_last(options, classes, dtype):
+@pytest.mark.parametrize("options", [{}, *PLAIN, *GENERAL], ids=lambda options: "-".join(options) or "plain")
+def test_class_axis_one_has_the_bits_of_class_axis_last(options, dtype):
+    for classes in (3, 97) if options in GENERAL else COLUMNS:
+        check_class_axis_one(options, classes, dtype)
+
+
+def check_class_axis_one(options, classes, dtype):
     n = 2 * 7 * 19
     logits, targets, given = problem(options, (n, classes), dtype)
     # Ignored rows, rows of huge spread, special values, and factors at the ends of the range.

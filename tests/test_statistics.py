@@ -88,8 +88,8 @@ def assert_true(logits, targets, what="", **options):
 @pytest.mark.parametrize("generator", hard_rows.GENERATORS, ids=lambda generator: generator.__name__)
 def test_hard_rows_are_accurate(generator, dtype, rng):
     for number, (logits, ids) in enumerate(generator(dtype, rng)):
-        logits, ids = few_rows(logits, ids, 3000)
-        if logits.size > 10_000 or not has_finite_range(logits):
+        logits, ids = few_rows(logits, ids, 1000)
+        if logits.size > 5000 or not has_finite_range(logits):
             continue
         options = filled(TRANSFORMS[number % len(TRANSFORMS)], logits, ids, rng)
         assert_true(logits, ids, (generator.__name__, number, logits.shape, list(options)), **options)
@@ -100,9 +100,9 @@ def test_rows_of_any_length_are_accurate(classes, dtype, rng):
     logits = (rng.normal(0, 1, (3, classes)) * [[0.1], [4], [40]]).astype(dtype)
     ids = rng.integers(0, classes, 3)
     ids[1] = logits[1].argmax()
-    assert_true(logits, ids, classes)
-    assert_true(logits, rng.random(logits.shape), classes)
-    assert_true(logits, SparseTargets(rng.integers(0, classes, (3, 2)), rng.random((3, 2))), classes)
+    soft = rng.random(logits.shape), SparseTargets(rng.integers(0, classes, (3, 2)), rng.random((3, 2)))
+    for targets in (ids, *soft) if classes < 5000 else (ids, soft[dtype == np.float64]):
+        assert_true(logits, targets, classes)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
