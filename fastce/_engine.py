@@ -377,7 +377,8 @@ class Walk:
             yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
             with np.errstate(all="ignore"):
                 for array, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
-                    np.copyto(array[index], self.rounded(block, array.dtype).reshape(array[index].shape), casting="unsafe")
+                    place = array[index]
+                    np.copyto(place, self.rounded(block, array.dtype).reshape(place.shape), casting="unsafe")
 
     def rounded(self, block, dtype):
         """Return a block of float32 as float16 where that is wanted: NumPy takes 70 ns for a result below 2^-14."""

@@ -10,8 +10,8 @@ import fastce
 TESTS = Path(__file__).parent
 INFO = fastce.build_info()
 OTHERS = [target for target in INFO["available_targets"] if target != INFO["target"]]
-# What depends on the compiled code; errors, threads and the rest are the same Python for all targets. Under a sanitizer,
-# which slows all of it down several times, the general rows are tried on one target: their text is the same for all.
+# What depends on the compiled code; errors, threads and the rest are the same Python for all targets. Under a
+# sanitizer, which slows all of it down several times, the general rows are tried on one target: their text is the same for all.
 SANITIZED = "FASTCE_SANITIZED" in os.environ
 GENERAL = [
     "test_options.py",

@@ -781,8 +781,8 @@ def round_to_half(cnp.ndarray numbers, cnp.ndarray halves):
 
 
 # The bits of x as float16. Normal numbers: the exponent field is rebiased by 127 - 15, and half a unit of bit 13 (less
-# one if the bit is 0: ties go to even) carries into what is kept. Below 2^-14 the unit is 2^-24, that of 0.5f, so adding
-# 0.5 rounds.
+# one if the bit is 0: ties go to even) carries into what is kept. Below 2^-14 the unit is 2^-24, that of 0.5f, so
+# adding 0.5 rounds.
 cdef inline uint16_t half_of_float(float x) noexcept nogil:
     cdef uint32_t bits = bits_of_float(x)
     cdef uint32_t magnitude = bits & <uint32_t>0x7fffffff
