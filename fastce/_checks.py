@@ -209,7 +209,7 @@ def as_grad_output(grad_output, reduction, row_shape):
     if grad_output is None:
         return 1.0
     array = as_plain_array("grad_output", grad_output)
-    if array.dtype.kind not in "iuf":
+    if array.dtype.kind not in "iuf" and not is_floating(array.dtype):
         raise TypeError(f"grad_output must be real numbers, got {array.dtype}")
     if array.ndim == 0:
         return float(array)

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 INFO = fastce.build_info()
 OTHERS = [target for target in INFO["available_targets"] if target != INFO["target"]]
 # What depends on the compiled code; errors, threads and the rest are the same Python for all targets. Under a
-# sanitizer, which slows all of it down several times, the general rows are tried on one target: their text is the same for all.
+# sanitizer, which slows all of it down several times, the general rows are tried on one target: they have one text.
 SANITIZED = "FASTCE_SANITIZED" in os.environ
 GENERAL = [
     "test_options.py",
