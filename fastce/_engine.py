@@ -168,21 +168,24 @@ def threads_for(n_elements, num_threads):
 
 
 def plain_cross_entropy(
-    logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads, grad_output
+    logits, targets, out, with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+    class_mask, mean, denominator, num_threads, grad_output,
 ):
     """Return (mean or sum, gradient or None) of a call on plain arrays, or None if the call is not plain."""
     return kernels.plain_cross_entropy(
-        logits, targets, out, with_grad, weight, sample_weight, ignore_index, mean, denominator, num_threads,
-        grad_output, SERIAL_ELEMENTS, default_threads,
+        logits, targets, out, with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+        class_mask, mean, denominator, num_threads, grad_output, SERIAL_ELEMENTS, default_threads,
     )
 
 
-def cross_entropy_rows(logits, ids, losses, scale, out, hess, num_threads, weight=None, sample_weight=None):
+def cross_entropy_rows(
+    logits, ids, losses, scale, out, hess, num_threads, weight=None, sample_weight=None, mask=None, options=None
+):
     """Fill `losses` and, unless they are None, `out` with the gradients of all rows, each times `scale`, and `hess`.
 
     `logits`, `out` and `hess` (which goes with `out`) have any layout and dtype, class axis last; `ids`, `losses` and
     `sample_weight` are flat over the other axes; `weight` is that of the classes; `scale` is a float or an
-    array like `losses`.
+    array like `losses`; `mask` is bool, broadcast to logits' shape; `options` are the kernel's keywords for numbers.
     """
     n_rows, n_classes = len(ids), logits.shape[-1]
     if n_rows == 0:
@@ -191,22 +194,34 @@ def cross_entropy_rows(logits, ids, losses, scale, out, hess, num_threads, weigh
     scale = 1.0 if scales is not None else scale
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    if hess is None and n_classes <= kernels.MAX_COLUMN_CLASSES:
+    options = options or {}
+    if hess is None and mask is None and not options and n_classes <= kernels.MAX_COLUMN_CLASSES:
         columns = as_columns(logits, dtype)
         grads = None if out is None or columns is None else as_columns(out, dtype)
         if columns is not None and (out is None or (grads is not None and grads.shape == columns.shape)):
             column_rows(columns, grads, ids, losses, scale, scales, num_threads, weight, sample_weight)
             return
     # All memory that the walk needs is had before the first block is written.
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out, hess])
+    mask, common = split_mask(mask)
+    walk = Walk(n_rows, n_classes, dtype, [logits, mask], [out, hess])
     memory = np.empty(
-        kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads), "u1"
+        kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads, common), "u1"
     )
-    for part, (rows,), (grads, curves) in walk:
+    for part, (rows, shown), (grads, curves) in walk:
         kernels.cross_entropy_rows(
             rows, ids[part], losses[part], scale, part_of(scales, part), grads, memory, num_threads,
-            weight, part_of(sample_weight, part), curves,
+            weight, part_of(sample_weight, part), curves, mask=shown, common_mask=common, **options,
         )
+
+
+def split_mask(mask):
+    """Return (mask of every row, None) or (None, mask (C,) of all rows), as bytes; (None, None) for None."""
+    if mask is None:
+        return None, None
+    mask = mask.view(np.uint8)
+    if is_common(mask):
+        return None, np.ascontiguousarray(mask[(0,) * (mask.ndim - 1)])
+    return mask, None
 
 
 def column_rows(logits, out, ids, losses, scale, scales, num_threads, weight, sample_weight):
@@ -250,11 +265,9 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
         return
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    if mask is not None:
-        mask = mask.view(np.uint8)
-        if is_common(mask):
-            constants = constants | {"mask": np.ascontiguousarray(mask[(0,) * (mask.ndim - 1)]).reshape(1, -1)}
-            mask = None
+    mask, common = split_mask(mask)
+    if common is not None:
+        constants = constants | {"mask": common[None]}
     if smoothing:
         base = None if mask is not None else smoothing_base(smoothing, n_classes, dtype, **constants)
         constants = constants | {"smoothing": smoothing, "base": base}

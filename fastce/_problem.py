@@ -67,22 +67,29 @@ class Problem:
             return _engine.kernels.sum_weights(self.ids, self.weight, self.sample_weight)
         return float(self.n_rows if self.sample_weight is None else _engine.kernels.sum_losses(self.sample_weight))
 
-    def is_plain(self):
-        """Return whether the kernels for class ids alone will do."""
-        return (
-            self.ids is not None
-            and self.mask is None
-            and self.smoothing == self.cap == self.z_loss == 0.0
-            and self.logit_scale == 1.0
-        )
+    def plain_options(self):
+        """Return the options of class ids that are numbers to their kernels, without those that do nothing."""
+        options = {"logit_scale": self.logit_scale, "smoothing": self.smoothing, "z_loss": self.z_loss}
+        return {name: value for name, value in options.items() if value != (name == "logit_scale")}
+
+    def is_plain(self, hess, statistics):
+        """Return whether the kernels for class ids will do: with the few options that are only numbers to them."""
+        if self.ids is None or self.cap != 0.0 or statistics is not None:
+            return False
+        if hess is not None:
+            return self.mask is None and not self.plain_options()
+        if self.smoothing > _engine.kernels.MOST_SMOOTHING or (self.mask is not None and self.smoothing):
+            return False
+        return self.weight is None or self.smoothing == self.z_loss == 0.0
 
     def fill(self, losses, scale=1.0, out=None, hess=None, statistics=None):
         """Fill `losses` (N,) and what else is given: gradient and Hessian times `scale`, a float or one per row."""
         logits, out, hess = (classes_last(array, self.axis) for array in (self.logits, out, hess))
         sample_weight = self.sample_weight
-        if self.is_plain() and statistics is None:
+        if self.is_plain(hess, statistics):
             _engine.cross_entropy_rows(
-                logits, self.ids_that_count(), losses, scale, out, hess, self.num_threads, self.weight, sample_weight
+                logits, self.ids_that_count(), losses, scale, out, hess, self.num_threads, self.weight, sample_weight,
+                self.mask, self.plain_options(),
             )
             return
         per_row: dict[str, Any] = {

@@ -66,7 +66,8 @@ def cross_entropy(
     label_smoothing : float, default 0.0
         In [0, 1]: the part of each target that is spread over all classes evenly.
     logit_scale : float, default 1.0
-        Finite and > 0: multiplies the logits (the inverse of a temperature); the product is rounded to their dtype.
+        Finite and > 0: multiplies the logits (the inverse of a temperature) in their dtype, as ``logits * logit_scale``
+        does.
     softcap : float, optional
         Finite and > 0: scaled logits x become ``softcap * tanh(x / softcap)``, rounded to their dtype; -inf stays.
     z_loss : float, default 0.0
@@ -135,10 +136,10 @@ def cross_entropy(
     >>> print(f"{fastce.cross_entropy(logits[0], 0, label_smoothing=0.3):.6f}")
     0.639545
     """
-    if may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+    if may_be_plain(axis, softcap, reduction):
         plain = _engine.plain_cross_entropy(
-            logits, targets, None, False, weight, sample_weight, ignore_index, reduction is MEAN, denominator,
-            num_threads, None,
+            logits, targets, None, False, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+            class_mask, reduction is MEAN, denominator, num_threads, None,
         )
         if plain is not None:
             return plain[0]
@@ -152,17 +153,9 @@ def cross_entropy(
     return deliver(problem, reduction, divisor, 1.0, *loss_arrays(problem, reduction))
 
 
-def may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+def may_be_plain(axis, softcap, reduction):
     """Return whether the short way may be tried: by identity, what only compares equal goes through the checks."""
-    return (
-        axis is AXIS
-        and label_smoothing is NO_SMOOTHING
-        and logit_scale is NO_SCALE
-        and softcap is None
-        and z_loss is NO_Z_LOSS
-        and class_mask is None
-        and (reduction is MEAN or reduction is SUM)
-    )
+    return axis is AXIS and softcap is None and (reduction is MEAN or reduction is SUM)
 
 
 def cross_entropy_with_grad(
@@ -241,10 +234,10 @@ def cross_entropy_with_grad(
     array([[-0.213014,  0.106507,  0.106507],
            [ 0.333333,  0.333333, -0.666667]])
     """
-    if may_be_plain(axis, label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction):
+    if may_be_plain(axis, softcap, reduction):
         plain = _engine.plain_cross_entropy(
-            logits, targets, out, True, weight, sample_weight, ignore_index, reduction is MEAN, denominator,
-            num_threads, grad_output,
+            logits, targets, out, True, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+            class_mask, reduction is MEAN, denominator, num_threads, grad_output,
         )
         if plain is not None:
             return plain

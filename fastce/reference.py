@@ -103,9 +103,11 @@ def _cross_entropy_formula(batch, label_smoothing, logit_scale, softcap, z_loss)
 
 
 def _scaled_and_capped(x, logit_scale, softcap, dtype):
-    """Return z, rounded to `dtype` as its users compute with it, and dz/dx."""
+    """Return z, rounded to `dtype` as its users compute with it, and dz/dx; the scale is rounded to it first."""
     if logit_scale == 1 and softcap is None:
         return x, 1.0
+    if 0 < dtype.type(logit_scale) < np.inf:
+        logit_scale = float(dtype.type(logit_scale))
     z, slope = logit_scale * x, logit_scale
     if softcap is not None:
         inside = z / softcap

@@ -59,6 +59,9 @@ def computing_dtype(dtype):
 def transformed(x, dtype, logit_scale, softcap):
     """Return logits scaled and capped, as rounded to `dtype`, then dz/dx, the doubt of z, and that of dz/dx."""
     x = x.astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(dtype.type(logit_scale))
+    logit_scale = rounded if 0 < rounded < np.inf else logit_scale
     if softcap is None:
         return (x * logit_scale).astype(dtype), np.full(x.shape, EXTENDED(logit_scale)), 0.0, 0.0
     inner = x.astype(EXTENDED) * logit_scale / EXTENDED(softcap)

@@ -1,15 +1,26 @@
 """A block of rows on its way through the kernels: what is known of each row, its loss, the writing of its gradient."""
 
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, larger, row_maximum, smaller
-from fastce._kernels.vexp cimport bits_of_double, double_of_bits, floating, log_exponent, log_mantissa
+from fastce._kernels.staged cimport Options, hide
+from fastce._kernels.vexp cimport (
+    bits_of_double,
+    double_of_bits,
+    floating,
+    log_exponent,
+    log_mantissa,
+    multiply_add_double,
+    multiply_add_float,
+)
 
 cdef extern from "target.h" nogil:
-    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor)
-    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor)
+    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
+    void stream_double "fastce_stream_double" (
+        double* out, const double* terms, Py_ssize_t n, double factor, double shift
+    )
 
 cdef enum:
     BLOCK_ROWS = 128        # rows that share one pass through the logarithms
@@ -31,6 +42,7 @@ cdef struct Batch:
     double* weight          # of the classes, or NULL
     double* sample_weight   # of the rows, or NULL
     double* losses
+    Options options
     Py_ssize_t n_rows
     Py_ssize_t n_classes
     char* memory            # working memory, as much as memory_for says
@@ -45,12 +57,19 @@ cdef struct Scratch:
     double[BLOCK_ROWS] at_target        # e_t
     double[BLOCK_ROWS] z_target
     double[BLOCK_ROWS] shift
+    double[BLOCK_ROWS] offset           # what was subtracted from z_t
+    double[BLOCK_ROWS] linear           # share * sum(z_t - z_c)
+    double[BLOCK_ROWS] lse              # with z_loss
+    double[BLOCK_ROWS] steep            # 2 z_loss lse
+    double[BLOCK_ROWS] weight           # of the row and its class
     double[BLOCK_ROWS] scale            # of the row's gradient
     double[BLOCK_ROWS] inverse          # 1/S
     double[BLOCK_ROWS] miss             # others/S = 1 - p_t
     double[BLOCK_ROWS] loss
     double[BLOCK_ROWS * SMALL_LANES] partial
     double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
+    uint8_t[BLOCK_ELEMENTS] masks                 # theirs
+    double[BLOCK_ELEMENTS] limits                 # of one mask for all of them
     double[LANES] slack                 # before the exponentials, which follow the struct
 
 
@@ -65,6 +84,7 @@ cdef struct Pending:
     char* terms
     Py_ssize_t left         # elements
     double factor           # scale/S
+    double shift            # -scale * share
     bint stream             # past the caches
 
 
@@ -75,22 +95,30 @@ cdef inline Pending nothing_pending() noexcept nogil:
 
 
 cdef inline void put_row(
-    Scratch* rows, Py_ssize_t r, double others, double at_target, double z_target, double shift
+    Scratch* rows, Py_ssize_t r, double others, double at_target, double z_target, double shift, double offset
 ) noexcept nogil:
     rows.others[r] = others
     rows.at_target[r] = at_target
     rows.z_target[r] = z_target
     rows.shift[r] = shift
+    rows.offset[r] = offset
 
 
-# The factor of each row's gradient.
+# The factor of each row's gradient; the chain rule of logit_scale is part of it.
 cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r
-    for r in range(n):
-        rows.scale[r] = batch.scale if batch.scales == NULL else batch.scales[first + r]
-    if has_weights(batch):
+    if batch.scales == NULL:
         for r in range(n):
-            rows.scale[r] *= weight_of(batch, first + r)
+            rows.scale[r] = batch.scale
+    else:
+        memcpy(rows.scale, batch.scales + first, n * sizeof(double))
+    for r in range(n):
+        rows.scale[r] *= batch.options.transform.scale
+        rows.lse[r] = rows.steep[r] = rows.linear[r] = 0.0
+    if has_weights(batch):
+        load_weights(batch, rows, first, n)
+        for r in range(n):
+            rows.scale[r] *= rows.weight[r]
 
 
 cdef inline bint has_weights(const Batch* batch) noexcept nogil:
@@ -102,15 +130,26 @@ cdef inline double weight_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
     return weight if batch.sample_weight == NULL else weight * batch.sample_weight[row]
 
 
-# The losses of rows [first, first + n) leave the block, weighted; a weight of 0 makes an infinite loss 0.
-cdef inline void put_losses(const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+cdef inline void load_weights(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r
-    cdef double weight
-    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
+    if batch.weight == NULL:
+        memcpy(rows.weight, batch.sample_weight + first, n * sizeof(double))
+        return
+    for r in range(n):
+        rows.weight[r] = batch.weight[larger(batch.ids[first + r], 0)]
+    if batch.sample_weight != NULL:
+        for r in range(n):
+            rows.weight[r] *= batch.sample_weight[first + r]
+
+
+# The losses of rows [first, first + n) leave the block, weighted; a weight of 0 makes an infinite loss 0.
+cdef inline void put_losses(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
     if has_weights(batch):
         for r in range(n):
-            weight = weight_of(batch, first + r)
-            batch.losses[first + r] = 0.0 if weight == 0.0 and rows.loss[r] == INFINITY else weight * rows.loss[r] + 0.0
+            rows.loss[r] = rows.weight[r] * (0.0 if rows.weight[r] == 0.0 and rows.loss[r] == INFINITY else rows.loss[r])
+            rows.loss[r] += 0.0     # no loss is -0.0
+    memcpy(batch.losses + first, rows.loss, n * sizeof(double))
 
 
 # 1 - p_t. Exactly 1 where the target is out of reach, which others * (1/S) alone may miss by an ulp.
@@ -120,41 +159,76 @@ cdef inline double miss_of(double others, double at_target) noexcept nogil:
 
 
 # Losses and gradient factors of the block's rows, in float64 vectors: no scalar logarithm, no library call.
+cdef inline void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(n):
+        finish_row(rows, r)
+
+
 # log(1 - miss) is taken at its rounded argument and corrected by what the rounding lost. 0 * S carries a nan into the
 # loss (the bit tricks of the logarithm drop it) and turns -0.0 into 0.0.
-cdef inline void finish_rows(Scratch* rows, Py_ssize_t n) noexcept nogil:
+cdef inline void finish_row(Scratch* rows, Py_ssize_t r) noexcept nogil:
     cdef double ln2_high = 0.6931471805582987      # 38 bits: exact times any shift
     cdef double ln2_low = 1.6465949582897082e-12
     cdef double total, miss, x, lost, logarithm, exponent, z, sign, shift
+    total = rows.others[r] + rows.at_target[r]
+    rows.inverse[r] = 1.0 / total
+    miss = miss_of(rows.others[r], rows.at_target[r])
+    rows.miss[r] = miss
+    x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
+    lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
+    logarithm = log_mantissa(x) + lost * (2.0 - x)
+    sign = -1.0 if rows.at_target[r] >= rows.others[r] else 1.0
+    shift = 0.0 if rows.at_target[r] >= rows.others[r] else rows.shift[r]
+    z = 0.0 if rows.at_target[r] >= rows.others[r] else rows.z_target[r]
+    exponent = sign * log_exponent(x) + shift
+    rows.loss[r] = (exponent * ln2_high - z) + (exponent * ln2_low + sign * logarithm) + 0.0 * total
+
+
+# log(sum e^z) of a finished row: from its loss where the target has the most of it, else without z_t, which may be -inf.
+cdef inline double lse_of(const Scratch* rows, Py_ssize_t r) noexcept nogil:
+    cdef double total = rows.others[r] + rows.at_target[r], exponent
+    if rows.at_target[r] >= rows.others[r]:
+        return rows.offset[r] + (rows.z_target[r] + rows.loss[r])
+    exponent = log_exponent(total) + rows.shift[r]
+    return rows.offset[r] + exponent * 0.6931471805599453 + log_mantissa(total) + 0.0 * total
+
+
+# What z_loss adds to the gradient's factor, once the row's sums are known.
+cdef inline void steepen(const Batch* batch, Scratch* rows, Py_ssize_t r) noexcept nogil:
+    if batch.options.z_loss != 0.0:
+        finish_row(rows, r)
+        rows.lse[r] = lse_of(rows, r)
+        rows.steep[r] = 2.0 * batch.options.z_loss * rows.lse[r]
+
+
+# What smoothing and z_loss add to the losses of finished rows.
+cdef inline void add_options(const Batch* batch, Scratch* rows, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r
-    for r in range(n):
-        total = rows.others[r] + rows.at_target[r]
-        rows.inverse[r] = 1.0 / total
-        miss = miss_of(rows.others[r], rows.at_target[r])
-        rows.miss[r] = miss
-        x = 1.0 - miss if rows.at_target[r] >= rows.others[r] else total
-        lost = (1.0 - x) - miss if rows.at_target[r] >= rows.others[r] else 0.0
-        logarithm = log_mantissa(x) + lost * (2.0 - x)
-        sign = -1.0 if rows.at_target[r] >= rows.others[r] else 1.0
-        shift = 0.0 if rows.at_target[r] >= rows.others[r] else rows.shift[r]
-        z = 0.0 if rows.at_target[r] >= rows.others[r] else rows.z_target[r]
-        exponent = sign * log_exponent(x) + shift
-        rows.loss[r] = (exponent * ln2_high - z) + (exponent * ln2_low + sign * logarithm) + 0.0 * total
+    if not batch.options.none:
+        for r in range(n):
+            rows.loss[r] += rows.linear[r] + batch.options.z_loss * rows.lse[r] * rows.lse[r]
 
 
-# out[j] = terms[j] * (scale/S), scale/S rounded to the dtype. Where it leaves the dtype's normal numbers the product
-# must not underflow or overflow on the way: float32 rounds its mantissa alone and takes the product in float64, float64
-# takes it in two steps, by the power of two in 1/S and by the rest. The bits are those of an unbounded exponent.
+# Row r's gradient: out[j] = terms[j] * (scale/S) - scale * share, both factors rounded to the dtype; with z_loss the
+# scale of the terms is steeper. Where a factor leaves the dtype's normal numbers the product must not underflow or
+# overflow on the way: float32 rounds its mantissa alone and takes the product in float64, float64 takes it in two steps,
+# by the power of two in 1/S and by the rest. The bits are those of an unbounded exponent.
 cdef inline void scale_terms(
-    floating* out, const floating* terms, Py_ssize_t n, double scale, double inverse
+    floating* out, const floating* terms, Py_ssize_t n, const Scratch* rows, Py_ssize_t r, double share
 ) noexcept nogil:
+    cdef double inverse = rows.inverse[r]
+    cdef double scale = rows.scale[r] * (1.0 + rows.steep[r])
     cdef double factor = scale * inverse
-    cdef floating single = <floating>factor
     cdef double power, rest
     cdef Py_ssize_t j
-    if is_normal(out, scale, inverse):
+    if is_normal_row(out, rows, r, share):
+        shift_terms(out, terms, n, <floating>factor, <floating>shift_of(rows, r, share))
+    elif share != 0.0:
+        power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
+        rest = (1.0 + rows.steep[r]) * (inverse / power)
         for j in range(n):
-            out[j] = terms[j] * single
+            out[j] = <floating>(((terms[j] * power) * rest - share) * rows.scale[r])
     elif floating is float:
         power = double_of_bits(bits_of_double(factor) & <uint64_t>0x7ff0000000000000)
         rest = <float>(factor / power) * power if power < INFINITY else factor
@@ -167,19 +241,43 @@ cdef inline void scale_terms(
             out[j] = (terms[j] * power) * rest
 
 
+# What is added to row r's terms; -0.0 changes no bit of a product.
+cdef inline double shift_of(const Scratch* rows, Py_ssize_t r, double share) noexcept nogil:
+    return -0.0 if share == 0.0 else -rows.scale[r] * share
+
+
+cdef inline void shift_terms(
+    floating* out, const floating* terms, Py_ssize_t n, floating factor, floating shift
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        if floating is float:
+            out[j] = multiply_add_float(terms[j], factor, shift)
+        else:
+            out[j] = multiply_add_double(terms[j], factor, shift)
+
+
+cdef inline bint is_normal_row(const floating* like, const Scratch* rows, Py_ssize_t r, double share) noexcept nogil:
+    if share != 0.0 and not is_normal(like, rows.scale[r], share):
+        return False
+    return is_normal(like, rows.scale[r] * (1.0 + rows.steep[r]), rows.inverse[r])
+
+
 # Row r's gradient becomes pending. Streamed rows write the elements before the first 64-byte boundary at once; a factor
 # out of range leaves nothing pending.
 cdef inline void begin_row(
-    floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, bint stream, Pending* pending
+    floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, double share, bint stream,
+    Pending* pending,
 ) noexcept nogil:
     cdef Py_ssize_t head = 0
-    pending.factor = rows.scale[r] * rows.inverse[r]
-    if not is_normal(out, rows.scale[r], rows.inverse[r]):
+    pending.factor = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
+    pending.shift = shift_of(rows, r, share)
+    if not is_normal_row(out, rows, r, share):
         head = n
     elif stream:
         head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
     if head:
-        scale_terms(out, terms, head, rows.scale[r], rows.inverse[r])
+        scale_terms(out, terms, head, rows, r, share)
     pending.out = <char*>(out + head)
     pending.terms = <char*>(terms + head)
     pending.left = n - head
@@ -189,16 +287,13 @@ cdef inline void begin_row(
 cdef inline void write_block(const floating* like, Pending* pending) noexcept nogil:
     cdef floating* out = <floating*>pending.out
     cdef const floating* terms = <const floating*>pending.terms
-    cdef floating factor = <floating>pending.factor
-    cdef Py_ssize_t lane
     if pending.stream:
         if floating is float:
-            stream_float(out, terms, SUM_BLOCK, factor)
+            stream_float(out, terms, SUM_BLOCK, <float>pending.factor, <float>pending.shift)
         else:
-            stream_double(out, terms, SUM_BLOCK, factor)
+            stream_double(out, terms, SUM_BLOCK, pending.factor, pending.shift)
     else:
-        for lane in range(SUM_BLOCK):
-            out[lane] = terms[lane] * factor
+        shift_terms(out, terms, SUM_BLOCK, <floating>pending.factor, <floating>pending.shift)
     pending.out += SUM_BLOCK * sizeof(floating)
     pending.terms += SUM_BLOCK * sizeof(floating)
     pending.left -= SUM_BLOCK
@@ -209,7 +304,8 @@ cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
     cdef floating* out
     cdef const floating* terms
     cdef floating factor = <floating>pending.factor
-    cdef Py_ssize_t j, left, lines
+    cdef floating shift = <floating>pending.shift
+    cdef Py_ssize_t left, lines
     while pending.left >= SUM_BLOCK:
         write_block(like, pending)
     left = pending.left
@@ -219,28 +315,51 @@ cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
     if pending.stream:
         lines = left - left % (64 // <Py_ssize_t>sizeof(floating))
         if floating is float:
-            stream_float(out, terms, lines, factor)
+            stream_float(out, terms, lines, factor, shift)
         else:
-            stream_double(out, terms, lines, factor)
+            stream_double(out, terms, lines, factor, shift)
         out += lines
         terms += lines
         left -= lines
     elif left >= LANES:
-        for j in range(left - left % LANES):
-            out[j] = terms[j] * factor
+        shift_terms(out, terms, left - left % LANES, factor, shift)
         out += left - LANES
         terms += left - LANES
         left = LANES if left % LANES else 0
-    for j in range(left):
-        out[j] = terms[j] * factor
+    shift_terms(out, terms, left, factor, shift)
 
 
-# The gradient at the target of row r, from the others: -(others/S) * scale, never p_t - 1.
+# The gradient at the target of row r from the others, never p_t - 1: -(others/S) * scale, with smoothing and z_loss
+# (steep * p_t + smoothing - share - others/S) * scale.
+cdef inline double pull_of(const Batch* batch, const Scratch* rows, Py_ssize_t r, double miss) noexcept nogil:
+    cdef double kept = batch.options.smoothing - batch.options.share
+    return 0.0 - ((miss - kept) - rows.steep[r] * (rows.at_target[r] * rows.inverse[r])) * rows.scale[r]
+
+
+# What is left to do once row r's gradient is written: the target, and classes that do not exist.
 cdef inline void pull_target(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t r, const floating* like
 ) noexcept nogil:
     cdef floating* out = <floating*>(batch.out + (first + r) * batch.out_stride)
-    out[batch.ids[first + r]] = <floating>(0.0 - miss_of(rows.others[r], rows.at_target[r]) * rows.scale[r])
+    cdef const uint8_t* mask = mask_of(batch, first + r)
+    cdef Py_ssize_t t = batch.ids[first + r]
+    out[t] = <floating>pull_of(batch, rows, r, miss_of(rows.others[r], rows.at_target[r]))
+    if mask != NULL:
+        hide_classes(mask, out, batch.n_classes, rows, r, t)
+
+
+cdef inline const uint8_t* mask_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
+    cdef const uint8_t* mask = batch.options.transform.mask
+    return NULL if mask == NULL else mask + row * batch.options.transform.mask_stride
+
+
+# Classes that do not exist have terms of 0, but that is not enough for a target or where 0 met nan or an infinity.
+cdef inline void hide_classes(
+    const uint8_t* mask, floating* out, Py_ssize_t n, const Scratch* rows, Py_ssize_t r, Py_ssize_t t
+) noexcept nogil:
+    out[t] = out[t] if mask[t] else 0
+    if not fabs(rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]) < INFINITY:
+        hide(mask, out, n)
 
 
 # The Hessian's diagonal of rows [first, first + n) from their gradients, while these are in the cache: with k the row's

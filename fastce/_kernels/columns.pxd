@@ -44,6 +44,7 @@ cdef inline void take_columns(
     for r in range(n):
         t = ids[r]
         rows.shift[r] = window.shift
+        rows.offset[r] = 0.0
         if t < 0:
             for c in range(batch.n_classes):
                 terms[c * BLOCK_ROWS + r] = 0
@@ -128,6 +129,6 @@ cdef inline void write_columns(
         if n_special and not is_normal(terms, rows.scale[r], rows.inverse[r]):
             for c in range(n_classes):
                 column = <floating*>(out + c * out_stride)
-                scale_terms(column + r, terms + c * BLOCK_ROWS + r, 1, rows.scale[r], rows.inverse[r])
+                scale_terms(column + r, terms + c * BLOCK_ROWS + r, 1, rows, r, 0.0)
         if ids[r] >= 0:
             (<floating*>(out + ids[r] * out_stride))[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])

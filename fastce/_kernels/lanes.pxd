@@ -79,21 +79,34 @@ cdef inline void clear(Sum* sums) noexcept nogil:
 
 
 cdef inline void add_block(const floating* t, Sum* sums) noexcept nogil:
-    cdef double block, before, after, part
     cdef Py_ssize_t lane
     for lane in range(LANES):
-        block = <double>(
+        add_lane(sums, lane, <double>(
             ((t[lane] + t[lane + 16]) + (t[lane + 32] + t[lane + 48]))
             + ((t[lane + 64] + t[lane + 80]) + (t[lane + 96] + t[lane + 112]))
-        )
-        if floating is float:
-            sums.total[lane] += block
-        else:
-            before = sums.total[lane]
-            after = before + block
-            part = after - before
-            sums.error[lane] += (before - (after - part)) + (block - part)
-            sums.total[lane] = after
+        ), t)
+
+
+# The same of top - z.
+cdef inline void add_block_below(const floating* z, floating top, Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        add_lane(sums, lane, <double>(
+            (((top - z[lane]) + (top - z[lane + 16])) + ((top - z[lane + 32]) + (top - z[lane + 48])))
+            + (((top - z[lane + 64]) + (top - z[lane + 80])) + ((top - z[lane + 96]) + (top - z[lane + 112])))
+        ), z)
+
+
+cdef inline void add_lane(Sum* sums, Py_ssize_t lane, double block, const floating* like) noexcept nogil:
+    cdef double before, after, part
+    if floating is float:
+        sums.total[lane] += block
+    else:
+        before = sums.total[lane]
+        after = before + block
+        part = after - before
+        sums.error[lane] += (before - (after - part)) + (block - part)
+        sums.total[lane] = after
 
 
 cdef inline double total_of(Sum* sums) noexcept nogil:

@@ -1,22 +1,25 @@
 """Long rows, one by one, and the careful way for any row whose target does not set the scale."""
 
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport (
     Batch,
     Pending,
     Scratch,
+    add_options,
     begin_row,
     end_row,
     finish_rows,
     load_scales,
+    mask_of,
     nothing_pending,
     pull_target,
     put_losses,
     put_row,
     scale_terms,
+    steepen,
     terms_of,
     write_block,
 )
@@ -31,15 +34,14 @@ from fastce._kernels.lanes cimport (
     chunks_of,
     clear,
     exceeds_window,
-    exp_last_block,
     exp_limit,
     exp_terms,
-    row_maximum,
     smaller,
     sum_limit,
     total_of,
 )
-from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, shift_for
+from fastce._kernels.staged cimport Options, exp_block, far_below, stage_block, staged_logit, staged_maximum
+from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
 
 cdef extern from "target.h" nogil:
     void prefetch "fastce_prefetch" (const void* address)
@@ -63,6 +65,8 @@ cdef inline void take_rows(
     cdef bint keep = batch.out != NULL and keeps_terms(like, n_classes)
     cdef Py_ssize_t other = buffer_elements(n_classes) if has_two_buffers(like, n_classes) else 0
     cdef floating* terms = <floating*>terms_of(rows)
+    cdef const Options* options = &batch.options
+    cdef const uint8_t* mask
     cdef const floating* x
     cdef floating* out
     cdef int64_t t
@@ -74,12 +78,14 @@ cdef inline void take_rows(
     for r in range(n):
         t = batch.ids[first + r]
         if t < 0:
-            put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
+            put_row(rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
             if batch.out != NULL:
                 memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
             continue
         x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
-        take_row(x, terms, n_classes, t, keep, rows, r, &window, &pending, &wide)
+        mask = mask_of(batch, first + r)
+        take_row(options, x, mask, terms, n_classes, t, keep, rows, r, &window, &pending, &wide)
+        steepen(batch, rows, r)
         if batch.out == NULL:
             continue
         end_row(x, &pending)
@@ -88,18 +94,19 @@ cdef inline void take_rows(
         rows.inverse[r] = 1.0 / (rows.others[r] + rows.at_target[r])
         out = <floating*>(batch.out + (first + r) * batch.out_stride)
         if keep:
-            begin_row(out, terms, n_classes, rows, r, batch.stream, &pending)
+            begin_row(out, terms, n_classes, rows, r, options.share, batch.stream, &pending)
             if other == 0:
                 end_row(x, &pending)
             terms += other
             other = -other
         else:
-            repeat_row(x, out, terms, n_classes, rows, r, &window)
+            repeat_row(options, x, mask, out, terms, n_classes, rows, r, &window)
         row_before = r
     end_row(like, &pending)
     if row_before >= 0:
         pull_target(batch, rows, first, row_before, like)
     finish_rows(rows, n)
+    add_options(batch, rows, n)
     put_losses(batch, rows, first, n)
 
 
@@ -108,101 +115,124 @@ cdef inline void take_rows(
 # taken first, which tells most failures in advance: logits of spread 60 took 1.05 ns each without and 0.49 with it
 # ((1024, 1000), 1 thread), others cost nothing. The numbers are the same either way.
 cdef inline void take_row(
-    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, Scratch* rows, Py_ssize_t r,
-    ExpWindow* window, Pending* pending, bint* wide,
+    const Options* options, const floating* x, const uint8_t* mask, floating* terms, Py_ssize_t n, Py_ssize_t t,
+    bint keep, Scratch* rows, Py_ssize_t r, ExpWindow* window, Pending* pending, bint* wide,
 ) noexcept nogil:
-    cdef double others, maximum = NAN, offset = 0.0, at_target = 0.0
+    cdef floating z_target = staged_logit(options, x, mask, t)
+    cdef double others, maximum = NAN, offset = 0.0, at_target = 0.0, below = 0.0
     if wide[0]:
-        maximum = row_maximum(x, n)
-        wide[0] = exceeds_window(x, maximum, x[t])
-    if not wide[0] and fabs(x[t]) <= exp_limit(x):
-        window[0] = exp_window(x, shift_for(x, x[t]), 0.0)
-        others = sum_row(x, terms, n, t, keep, window, &at_target, pending)
+        maximum = staged_maximum(options, x, mask, n)
+        wide[0] = exceeds_window(x, maximum, z_target)
+    if not wide[0] and fabs(z_target) <= exp_limit(x):
+        window[0] = exp_window(x, shift_for(x, z_target), 0.0)
+        others = sum_row(options, x, mask, terms, n, t, keep, window, z_target, &at_target, &below, pending)
         if others < sum_limit(x):
-            put_row(rows, r, others, at_target, x[t], window.shift)
+            put_row(rows, r, others, at_target, z_target, window.shift, 0.0)
+            put_below(options, x, n, t, rows, r, below)
             return
     wide[0] = True
     if maximum != maximum:
-        maximum = row_maximum(x, n)
+        maximum = staged_maximum(options, x, mask, n)
     if fabs(maximum) == INFINITY:
         window[0] = exp_window(x, 0.0, NAN)
-        put_row(rows, r, NAN, NAN, NAN, 0.0)
+        put_row(rows, r, NAN, NAN, NAN, 0.0, 0.0)
         return
     if fabs(maximum) > exp_limit(x):
         offset = maximum
     window[0] = exp_window(x, shift_for(x, maximum - offset), offset)
-    others = sum_row(x, terms, n, t, keep, window, &at_target, pending)
-    put_row(rows, r, others, at_target, x[t] - offset, window.shift)
+    others = sum_row(options, x, mask, terms, n, t, keep, window, z_target, &at_target, &below, pending)
+    put_row(rows, r, others, at_target, z_target - offset, window.shift, offset)
+    put_below(options, x, n, t, rows, r, below)
+
+
+# Smoothing's part of the loss, from the sum of z_t - z_c.
+cdef inline void put_below(
+    const Options* options, const floating* x, Py_ssize_t n, Py_ssize_t t, Scratch* rows, Py_ssize_t r, double below
+) noexcept nogil:
+    if options.share != 0.0:
+        rows.linear[r] = options.share * below
+        if not fabs(below) < INFINITY:
+            rows.linear[r] = far_below(options, x, n, t)
 
 
 # One sweep over the row: returns the sum without the target's term, which goes to at_target; where `keep` is set all
-# terms are kept.
+# terms are kept. With smoothing the sum of z_t - z goes to `below`.
 cdef inline double sum_row(
-    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
-    double* at_target, Pending* pending,
+    const Options* options, const floating* x, const uint8_t* mask, floating* terms, Py_ssize_t n, Py_ssize_t t,
+    bint keep, const ExpWindow* window, floating z_target, double* at_target, double* below, Pending* pending,
 ) noexcept nogil:
-    cdef Py_ssize_t i, start
-    cdef double chunk
+    cdef Py_ssize_t i, start, stop
+    cdef double chunk, chunk_below = 0.0
     cdef double[2] total
-    total[0] = total[1] = 0.0
+    cdef double[2] total_below
+    total[0] = total[1] = total_below[0] = total_below[1] = 0.0
     for i in range(chunks_of(n)):
         start = i * CHUNK
+        stop = smaller(n, start + CHUNK)
         chunk = sum_chunk(
-            x + start, terms + start if keep else terms, smaller(n - start, CHUNK), t - start, keep, window, at_target,
-            pending,
+            options, x, mask, start, stop, terms + start if keep else terms, t, keep, window, z_target, at_target,
+            &chunk_below, pending,
         )
         add_chunk(total, chunk)
+        add_chunk(total_below, chunk_below)
+    below[0] = total_below[0] + total_below[1]
     return total[0] + total[1]
 
 
-# The sum of a chunk's terms without element t (outside the chunk: of all), which goes to at_target. Every block is
-# added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other.
+# The sum of the terms of a chunk, classes [first, stop) of a row, without that of t, which goes to at_target. Every block
+# is added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other.
 cdef inline double sum_chunk(
-    const floating* x, floating* terms, Py_ssize_t n, Py_ssize_t t, bint keep, const ExpWindow* window,
-    double* at_target, Pending* pending,
+    const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t first, Py_ssize_t stop, floating* terms,
+    Py_ssize_t t, bint keep, const ExpWindow* window, floating z_target, double* at_target, double* below,
+    Pending* pending,
 ) noexcept nogil:
     cdef floating offset = <floating>window.offset
     cdef floating low = <floating>window.low
     cdef floating high = <floating>window.high
     cdef floating magic = <floating>window.magic
-    cdef Py_ssize_t _block, lane, rest, step = SUM_BLOCK if keep else 0, n_blocks = n // SUM_BLOCK
-    cdef Sum sums
+    cdef Py_ssize_t block, start, lane, step = SUM_BLOCK if keep else 0
+    cdef Sum sums, differences
     clear(&sums)
-    for _block in range(n_blocks):
+    if options.share != 0.0:
+        clear(&differences)
+    for block in range((stop - first + SUM_BLOCK - 1) // SUM_BLOCK):
+        start = first + block * SUM_BLOCK
         for lane in range(0, SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
-            prefetch(<char*>x + PREFETCH_BYTES + lane * 64)
-        for lane in range(SUM_BLOCK):
-            terms[lane] = exp_shifted(x[lane], offset, low, high, magic)
-        if 0 <= t < SUM_BLOCK:
-            at_target[0] = terms[t]
-            terms[t] = 0
+            prefetch(<char*>(x + start) + PREFETCH_BYTES + lane * 64)
+        exp_block(options, x, mask, start, stop, terms, offset, low, high, magic, z_target, &differences)
+        if 0 <= t - start < SUM_BLOCK:
+            at_target[0] = terms[t - start]
+            terms[t - start] = 0
         add_block(terms, &sums)
         if pending.left >= SUM_BLOCK:
             write_block(x, pending)
-        x += SUM_BLOCK
         terms += step
-        t -= SUM_BLOCK
-    rest = n - n_blocks * SUM_BLOCK
-    if rest:
-        exp_last_block(x, terms, rest, offset, low, high, magic)
-        if 0 <= t < rest:
-            at_target[0] = terms[t]
-            terms[t] = 0
-        add_block(terms, &sums)
+    if options.share != 0.0:
+        below[0] = total_of(&differences)
     return total_of(&sums)
 
 
 # The gradient of a row that was too long to keep: its exponentials once more, chunk by chunk.
 cdef inline void repeat_row(
-    const floating* x, floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r,
-    const ExpWindow* window,
+    const Options* options, const floating* x, const uint8_t* mask, floating* out, floating* terms, Py_ssize_t n,
+    Scratch* rows, Py_ssize_t r, const ExpWindow* window,
 ) noexcept nogil:
     cdef Py_ssize_t i, start, size
     for i in range(chunks_of(n)):
         start = i * CHUNK
         size = smaller(n - start, CHUNK)
-        exp_terms(x + start, terms, size, window)
-        scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
+        repeat_terms(options, x, mask, start, size, terms, window)
+        scale_terms(out + start, terms, size, rows, r, options.share)
+
+
+# The terms of n classes from `start` on once more; transformed logits take their place first.
+cdef inline void repeat_terms(
+    const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t start, Py_ssize_t n, floating* terms,
+    const ExpWindow* window,
+) noexcept nogil:
+    if options.is_staged:
+        stage_block(options, x, mask, start, n, terms)
+    exp_terms(terms if options.is_staged else x + start, terms, n, window)
 
 
 cdef inline bint has_two_buffers(const floating* like, Py_ssize_t n_classes) noexcept nogil:

@@ -21,8 +21,9 @@ fixed order that depends on the row's length alone, so a row's bits depend on no
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 cimport numpy as cnp
 
@@ -31,19 +32,21 @@ from fastce._kernels.block cimport (
     BLOCK_ROWS,
     Batch,
     Scratch,
+    add_options,
     curve_rows,
     finish_rows,
     has_weights,
     load_scales,
     pull_target,
     put_losses,
+    steepen,
     weight_of,
 )
 from fastce._kernels.columns cimport column_terms, take_columns
 from fastce._kernels.lanes cimport CHUNK, SUM_BLOCK, add_chunk, buffer_elements, chunks_of, larger, smaller
 from fastce._kernels.large cimport KEEP_BYTES, has_two_buffers, keeps_terms, take_rows
 from fastce._kernels.medium cimport take_medium_rows
-from fastce._kernels.small cimport SMALL_CLASSES, take_small_rows
+from fastce._kernels.small cimport SMALL_CLASSES, repeat_limits, take_small_rows
 from fastce._kernels.split cimport (
     SPLIT_CLASSES,
     Split,
@@ -53,6 +56,7 @@ from fastce._kernels.split cimport (
     sum_split,
     write_split,
 )
+from fastce._kernels.staged cimport limit_of, no_options, set_scale
 from fastce._kernels.vexp cimport floating
 
 cdef extern from "target.h" nogil:
@@ -66,6 +70,9 @@ cnp.import_array()
 watch_forks()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
+# Up to here class ids may be smoothed on these kernels: a row's loss is log(S/e_t) + share * sum(z_t - z_c), whose second
+# part may be negative, but is no larger than smoothing / (1 - smoothing) of the loss.
+MOST_SMOOTHING = 0.5
 
 cdef enum:
     MAX_THREADS = 256
@@ -145,7 +152,7 @@ cdef Py_ssize_t memory_for(const Batch* batch, int num_threads, const floating* 
     cdef bint may_split = batch.n_classes >= SPLIT_CLASSES and num_threads > 1
     cdef Py_ssize_t n_parts = batch.n_rows * (chunks_of(batch.n_classes) if may_split else 1)
     cdef Py_ssize_t n_threads = larger(1, smaller(num_threads, n_parts))
-    cdef Py_ssize_t n_bytes = n_threads * plan.thread_bytes + 64
+    cdef Py_ssize_t n_bytes = n_threads * plan.thread_bytes + 64 + limits_bytes(batch, like)
     if may_split:
         n_bytes += split_bytes(batch, smaller(batch.n_rows, BLOCK_ROWS)) + n_threads * KEEP_BYTES
     return n_bytes
@@ -162,6 +169,8 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     batch.stream = n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
     batch.stream = batch.stream and batch.hess == NULL
     plan = plan_batch(batch, num_threads, like)
+    place_limits(batch, <floating*>plan.memory)
+    plan.memory += limits_bytes(batch, like)
     if plan.split:
         split_rows(batch, &plan, like)
     elif plan.num_threads == 1:
@@ -174,11 +183,29 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
             )
 
 
+# A mask for all rows becomes numbers in the dtype of the logits.
+cdef void place_limits(Batch* batch, floating* limits) noexcept nogil:
+    cdef const uint8_t* mask = batch.options.transform.mask
+    cdef Py_ssize_t i
+    if limits_bytes(batch, limits):
+        for i in range(batch.n_classes):
+            limits[i] = limit_of(mask[i] != 0, limits)
+        batch.options.limits = <char*>limits
+
+
+cdef inline Py_ssize_t limits_bytes(const Batch* batch, const floating* like) noexcept nogil:
+    if batch.options.transform.mask == NULL or batch.options.transform.mask_stride != 0:
+        return 0
+    return (batch.n_classes * sizeof(floating) + 63) // 64 * 64
+
+
 # Rows [first, first + n) in blocks; every thread calls this with its own rows.
 cdef void take_task(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t i, start, size
+    if batch.n_classes <= SMALL_CLASSES:
+        repeat_limits(batch, rows, like)
     for i in range((n + block_rows - 1) // block_rows):
         start = i * block_rows
         size = smaller(block_rows, n - start)
@@ -246,6 +273,10 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
     load_scales(batch, rows, 0, batch.n_rows)
     join_split(batch, &split, rows, like)
     finish_rows(rows, batch.n_rows)
+    for r in range(batch.n_rows):
+        if batch.ids[r] >= 0:
+            steepen(batch, rows, r)
+    add_options(batch, rows, batch.n_rows)
     put_losses(batch, rows, 0, batch.n_rows)
     if batch.out != NULL:
         for task in prange(n_tasks, num_threads=plan.num_threads, schedule="static"):
@@ -265,36 +296,73 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
 
 # ---- entry points --------------------------------------------------------------------------------------------------
 
-def memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, bint with_grad, int num_threads):
-    """Return the bytes of working memory for calls of at most `n_rows` rows; `single` says float32."""
+cdef inline Batch empty_batch() noexcept nogil:
     cdef Batch batch
+    memset(&batch, 0, sizeof(batch))
+    batch.options = no_options()
+    return batch
+
+
+def memory_needed(
+    Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, bint with_grad, int num_threads, cnp.ndarray common_mask=None
+):
+    """Return the bytes of working memory for calls of at most `n_rows` rows; `single` says float32."""
+    cdef Batch batch = empty_batch()
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
-    batch.hess = NULL
-    batch.memory = NULL
+    if common_mask is not None:
+        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(common_mask), 0)
     return memory_of(&batch, num_threads, single)
 
 
 def cross_entropy_rows(
     cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, double scale, cnp.ndarray scales, cnp.ndarray out,
     cnp.ndarray memory, int num_threads, cnp.ndarray weight=None, cnp.ndarray sample_weight=None, cnp.ndarray hess=None,
+    double logit_scale=1.0, double smoothing=0.0, double z_loss=0.0, cnp.ndarray mask=None,
+    cnp.ndarray common_mask=None,
 ):
     """Fill `losses` (N,) float64 and, unless None, `out` (N, C) with d(sum of scale * loss)/d(logits).
 
     `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
     multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes, `sample_weight` (N,)
     float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
-    derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says.
+    derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says. `logit_scale` goes with
+    anything but `hess`, `smoothing` (at most 1/2) and `z_loss` with neither of `hess` and `weight`, and `mask` (N, C) or
+    `common_mask` (C,), bytes of 0 and 1, with neither of `hess` and `smoothing`.
     """
-    cdef Batch batch
+    cdef Batch batch = empty_batch()
     fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
     batch.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
     batch.hess = NULL if hess is None else <char*>cnp.PyArray_DATA(hess)
     batch.hess_stride = 0 if hess is None else cnp.PyArray_STRIDE(hess, 0)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    set_options(&batch, logit_scale, smoothing, z_loss, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
+    if mask is not None:
+        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(mask), cnp.PyArray_STRIDE(mask, 0))
+    elif common_mask is not None:
+        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(common_mask), 0)
     take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
+
+
+cdef void set_options(Batch* batch, double logit_scale, double smoothing, double z_loss, bint single) noexcept nogil:
+    batch.options.is_staged = logit_scale != 1.0
+    set_scale(&batch.options.transform, logit_scale, single)
+    batch.options.smoothing = smoothing
+    batch.options.share = smoothing / batch.n_classes
+    batch.options.z_loss = z_loss
+    batch.options.is_scaled = (
+        logit_scale != 1.0 and smoothing == 0.0 and (batch.options.transform.is_single or not single)
+    )
+    batch.options.none = logit_scale == 1.0 and smoothing == z_loss == 0.0
+
+
+cdef void set_mask(Batch* batch, uint8_t* mask, Py_ssize_t stride) noexcept nogil:
+    batch.options.transform.mask = mask
+    batch.options.transform.mask_stride = stride
+    batch.options.is_staged = True
+    batch.options.is_scaled = batch.options.none = False
 
 
 def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
@@ -315,7 +383,7 @@ def cross_entropy_columns(
 
     The last axis is contiguous; rows are numbered along the first and the last axis.
     """
-    cdef Batch batch
+    cdef Batch batch = empty_batch()
     cdef Grid grid
     fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
@@ -351,14 +419,14 @@ cdef void fill_batch(
 
 
 # The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), options that are numbers or
-# plain float64 arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and
-# nothing has been written.
+# plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and nothing has
+# been written.
 def plain_cross_entropy(
-    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, bint mean, denominator, num_threads,
-    grad_output, Py_ssize_t serial_elements, choose_threads,
+    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+    class_mask, bint mean, denominator, num_threads, grad_output, Py_ssize_t serial_elements, choose_threads,
 ):
     """Return (mean or sum of the losses, gradient or None) of a plain call, or None if it is not one."""
-    cdef Batch batch
+    cdef Batch batch = empty_batch()
     cdef Py_ssize_t n_rows, n_classes, n_live, n_bytes
     cdef int64_t ignored
     cdef int threads = 1, overflow = 0
@@ -382,6 +450,10 @@ def plain_cross_entropy(
         or (out is not None and not is_plain_gradient(out, logits))
         or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out))
         or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out))
+        or not are_plain_numbers(label_smoothing, logit_scale, z_loss)
+        or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out))
+        or (weight is not None and (<double>label_smoothing != 0.0 or <double>z_loss != 0.0))
+        or (class_mask is not None and <double>label_smoothing != 0.0)
         or (grad_output is not None and type(grad_output) is not float)
         or (denominator is not None and not (mean and type(denominator) is float and 0.0 < denominator < INFINITY))
         or (num_threads is not None and not (type(num_threads) is int and 0 < num_threads <= MAX_THREADS))
@@ -394,18 +466,18 @@ def plain_cross_entropy(
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
-    batch.hess = NULL
-    batch.memory = NULL
+    set_options(&batch, logit_scale, label_smoothing, z_loss, kind == cnp.NPY_FLOAT32)
+    if class_mask is not None:
+        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), 0)
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
-    memory = <char*>malloc(n_rows * (sizeof(int64_t) + sizeof(double)) + n_bytes)
+    memory = <char*>malloc((3 * n_rows + n_classes) * sizeof(double) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
-    batch.ids = <int64_t*>(memory + n_rows * sizeof(double))
-    batch.memory = memory + n_rows * (sizeof(double) + sizeof(int64_t))
-    batch.scales = NULL
-    batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
-    batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
+    batch.ids = <int64_t*>(batch.losses + n_rows)
+    batch.sample_weight = doubles_of(sample_weight, batch.losses + 2 * n_rows)
+    batch.weight = doubles_of(weight, batch.losses + 3 * n_rows)
+    batch.memory = <char*>(batch.losses + 3 * n_rows + n_classes)
     try:
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
@@ -433,6 +505,29 @@ def plain_cross_entropy(
         free(memory)
 
 
+cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcept:
+    return (
+        type(label_smoothing) is float
+        and type(logit_scale) is float
+        and type(z_loss) is float
+        and 0.0 <= <double>label_smoothing <= MOST_SMOOTHING
+        and 0.0 < <double>logit_scale < INFINITY
+        and 0.0 <= <double>z_loss < INFINITY
+    )
+
+
+# Whether `mask` is a plain bool array of n classes, apart from `out`, that shows any of them.
+cdef bint is_plain_mask(mask, Py_ssize_t n, out) noexcept:
+    cdef const uint8_t* shown
+    cdef Py_ssize_t i, n_shown = 0
+    if not is_plain(mask, 1) or cnp.PyArray_TYPE(mask) != cnp.NPY_BOOL or cnp.PyArray_DIM(mask, 0) != n:
+        return False
+    shown = <const uint8_t*>cnp.PyArray_DATA(mask)
+    for i in range(n):
+        n_shown += shown[i] != 0
+    return n_shown > 0 and (out is None or are_apart(out, mask))
+
+
 # Rows of sample weight 0 are skipped like ignored ones.
 cdef void skip_weightless(Batch* batch) noexcept nogil:
     cdef Py_ssize_t i
@@ -440,16 +535,39 @@ cdef void skip_weightless(Batch* batch) noexcept nogil:
         batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
 
 
-# Whether `weight` is a plain float64 array of n finite numbers >= least, apart from `out`.
+# Whether `weight` is a plain float64 or float32 array of n finite numbers >= least, apart from `out`.
 cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out) noexcept:
-    cdef double* numbers
-    cdef Py_ssize_t i, n_bad = 0
-    if not is_plain(weight, 1) or cnp.PyArray_TYPE(weight) != cnp.NPY_FLOAT64 or cnp.PyArray_DIM(weight, 0) != n:
+    cdef bint is_fit
+    if not is_plain(weight, 1) or cnp.PyArray_DIM(weight, 0) != n:
         return False
-    numbers = <double*>cnp.PyArray_DATA(weight)
+    if cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT64:
+        is_fit = are_weights(<double*>cnp.PyArray_DATA(weight), n, least)
+    elif cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT32:
+        is_fit = are_weights(<float*>cnp.PyArray_DATA(weight), n, least)
+    else:
+        return False
+    return is_fit and (out is None or are_apart(out, weight))
+
+
+cdef inline bint are_weights(const floating* numbers, Py_ssize_t n, double least) noexcept nogil:
+    cdef Py_ssize_t i, n_bad = 0
     for i in range(n):
         n_bad += 0 if least <= numbers[i] and fabs(numbers[i]) < INFINITY else 1
-    return n_bad == 0 and (out is None or are_apart(out, weight))
+    return n_bad == 0
+
+
+# The numbers of a plain weight, where they lie or, if they are float32, as float64 in `place`.
+cdef double* doubles_of(weight, double* place) noexcept:
+    cdef const float* narrow
+    cdef Py_ssize_t i
+    if weight is None:
+        return NULL
+    if cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT64:
+        return <double*>cnp.PyArray_DATA(weight)
+    narrow = <const float*>cnp.PyArray_DATA(weight)
+    for i in range(cnp.PyArray_DIM(weight, 0)):
+        place[i] = narrow[i]
+    return place
 
 
 cdef inline bint are_apart(out, other) noexcept:
@@ -556,7 +674,7 @@ cdef bint is_bad(int64_t t, Py_ssize_t n_classes, const int64_t* skip, Py_ssize_
 
 def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     """Return the sum of weight[id] * sample_weight over the rows that are not ignored; None counts as 1."""
-    cdef Batch batch
+    cdef Batch batch = empty_batch()
     batch.n_rows = cnp.PyArray_DIM(ids, 0)
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)

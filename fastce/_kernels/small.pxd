@@ -1,31 +1,42 @@
 """Short rows, by the block: one sweep of exponentials over many rows, whatever their length."""
 
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport (
+    BLOCK_ELEMENTS,
     BLOCK_ROWS,
     SMALL_LANES,
     Batch,
     Pending,
     Scratch,
+    add_options,
     finish_rows,
+    hide_classes,
     largest_factor,
     load_scales,
+    lse_of,
+    mask_of,
     nothing_pending,
+    pull_of,
     put_losses,
     scale_terms,
+    shift_of,
+    shift_terms,
     smallest_factor,
     terms_of,
 )
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, sum_limit
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, smaller, sum_limit
 from fastce._kernels.large cimport take_row
+from fastce._kernels.staged cimport Options, far_below, no_options, stage_block
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_value
 
 cdef extern from "target.h" nogil:
     void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
+    void sum_below_float "fastce_sum_below_float" (const float* row, Py_ssize_t n, float top, double* lanes)
+    void sum_below_double "fastce_sum_below_double" (const double* row, Py_ssize_t n, double top, double* lanes)
 
 cdef enum:
     # Rows up to this length are taken here: 1024 rows of 64, 80, 96 classes took 33, 40, 47 us, and 44, 45, 50 us as
@@ -39,22 +50,17 @@ cdef inline void take_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes
-    cdef Py_ssize_t row_bytes = n_classes * sizeof(floating)
     cdef floating* terms = <floating*>terms_of(rows)
-    cdef const floating* x = <const floating*>(batch.logits + first * batch.logits_stride)
-    cdef floating* gathered = <floating*>rows.gathered
+    cdef const floating* x = gather_rows(batch, rows, first, n, like)
     cdef int64_t* ids = batch.ids + first
     cdef double total
     cdef Py_ssize_t r, n_ignored, n_outside = 0
     cdef ExpWindow window
-    if batch.logits_stride != row_bytes:
-        for r in range(n):
-            memcpy(gathered + r * n_classes, batch.logits + (first + r) * batch.logits_stride, row_bytes)
-        x = gathered
     window = exp_window(like, run_time_value(small_shift(like)), 0.0)
     exp_terms(x, terms, n * n_classes, &window)
     for r in range(n):
         rows.shift[r] = window.shift
+        rows.offset[r] = 0.0
     n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
@@ -69,12 +75,55 @@ cdef inline void take_small_rows(
         for r in range(n):
             if ids[r] < 0:
                 rows.scale[r] = 0.0     # an ignored row's gradient is 0 whatever its factor, nan included
+    if batch.options.share != 0.0:
+        sum_small_below(&batch.options, x, n_classes, ids, n, rows)
     finish_rows(rows, n)
+    if batch.options.z_loss != 0.0:
+        for r in range(n):
+            rows.lse[r] = lse_of(rows, r)
+        for r in range(n):
+            rows.lse[r] = 0.0 if ids[r] < 0 else rows.lse[r]
+            rows.steep[r] = 2.0 * batch.options.z_loss * rows.lse[r]
+    add_options(batch, rows, n)
     put_losses(batch, rows, first, n)
     if batch.out != NULL:
-        write_small_rows(
-            <floating*>(batch.out + first * batch.out_stride), batch.out_stride, terms, n_classes, ids, n, rows,
-        )
+        write_small_rows(batch, rows, first, n, terms)
+
+
+# The logits of a block, row after row: where they lie, or copied and transformed.
+cdef inline const floating* gather_rows(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, row_bytes = n_classes * sizeof(floating), r
+    cdef const floating* x = <const floating*>(batch.logits + first * batch.logits_stride)
+    cdef floating* gathered = <floating*>rows.gathered
+    cdef const uint8_t* mask = mask_of(batch, first)
+    cdef const Options* options = &batch.options
+    cdef Options repeated = batch.options
+    if batch.logits_stride == row_bytes and not batch.options.is_staged:
+        return x
+    if batch.logits_stride != row_bytes:
+        for r in range(n):
+            memcpy(gathered + r * n_classes, batch.logits + (first + r) * batch.logits_stride, row_bytes)
+        x = gathered
+    if options.limits != NULL:
+        repeated.limits = <char*>rows.limits
+        options = &repeated
+    elif mask != NULL and batch.options.transform.mask_stride != n_classes:
+        for r in range(n):
+            memcpy(rows.masks + r * n_classes, mask_of(batch, first + r), n_classes)
+        mask = rows.masks
+    stage_block(options, x, mask, 0, n * n_classes, gathered)
+    return gathered
+
+
+# The limits of a mask for all rows, once for every row of a block.
+cdef inline void repeat_limits(const Batch* batch, Scratch* rows, const floating* like) noexcept nogil:
+    cdef floating* limits = <floating*>rows.limits
+    cdef Py_ssize_t i
+    if batch.options.limits != NULL:
+        for i in range(smaller(BLOCK_ROWS, BLOCK_ELEMENTS // batch.n_classes)):
+            memcpy(limits + i * batch.n_classes, batch.options.limits, batch.n_classes * sizeof(floating))
 
 
 # One small row by itself, filled up with -inf to the least length that take_row knows.
@@ -83,14 +132,16 @@ cdef inline void take_small_row(
 ) noexcept nogil:
     cdef floating[SMALL_CLASSES] logits
     cdef floating[LANES + SUM_BLOCK] alone
-    cdef Py_ssize_t j
+    cdef Py_ssize_t j, n
     cdef bint wide = False
     cdef ExpWindow window
+    cdef Options options = no_options()
     cdef Pending nothing = nothing_pending()
     for j in range(SMALL_CLASSES):
         logits[j] = -INFINITY
     memcpy(logits, x, n_classes * sizeof(floating))
-    take_row(logits, alone + LANES, larger(n_classes, LANES), t, True, rows, r, &window, &nothing, &wide)
+    n = larger(n_classes, LANES)
+    take_row(&options, logits, NULL, alone + LANES, n, t, True, rows, r, &window, &nothing, &wide)
     memcpy(terms, alone + LANES, n_classes * sizeof(floating))
 
 
@@ -126,46 +177,96 @@ cdef inline Py_ssize_t sum_small_rows(
     return n_ignored
 
 
+# Smoothing's part of the losses: share * sum(z_t - z_c). The last rows are copied: nothing is read beyond the logits.
+cdef inline void sum_small_below(
+    const Options* options, const floating* z, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
+    cdef floating[SMALL_CLASSES] last
+    cdef double* p = rows.partial
+    cdef Py_ssize_t r, i, n_far = 0, n_over = rows_before_end(n_classes, n)
+    cdef Options staged = no_options()
+    for r in range(n_over):
+        sum_below(z + r * n_classes, n_classes, ids[r], p + r * SMALL_LANES)
+    for r in range(n_over, n):
+        memcpy(last, z + r * n_classes, n_classes * sizeof(floating))
+        sum_below(last, n_classes, ids[r], p + r * SMALL_LANES)
+    for r in range(n):
+        i = r * SMALL_LANES
+        rows.linear[r] = options.share * ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3]))
+    for r in range(n):
+        rows.linear[r] = 0.0 if ids[r] < 0 else rows.linear[r]
+        n_far += 0 if fabs(rows.linear[r]) < INFINITY else 1
+    if n_far:
+        staged.share = options.share
+        for r in range(n):
+            if not fabs(rows.linear[r]) < INFINITY:
+                rows.linear[r] = far_below(&staged, z + r * n_classes, n_classes, ids[r])
+
+
+cdef inline void sum_below(const floating* z, Py_ssize_t n_classes, Py_ssize_t t, double* lanes) noexcept nogil:
+    if floating is float:
+        sum_below_float(z, n_classes, z[larger(t, 0)], lanes)
+    else:
+        sum_below_double(z, n_classes, z[larger(t, 0)], lanes)
+
+
+# How many of n rows end before the block, when each is taken in whole vectors.
+cdef inline Py_ssize_t rows_before_end(Py_ssize_t n_classes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t n_vectors = (n_classes + LANES - 1) // LANES
+    return larger(0, n - (n_vectors * LANES + n_classes - 1) // n_classes)
+
+
 # The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
 # written after it; the last rows, where that would leave the block, and rows apart are written exactly.
 cdef inline void write_small_rows(
-    floating* out, Py_ssize_t out_stride, const floating* terms, Py_ssize_t n_classes, const int64_t* ids,
-    Py_ssize_t n, Scratch* rows,
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* terms
 ) noexcept nogil:
-    cdef Py_ssize_t r, j, lane, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
-    cdef Py_ssize_t n_over = n - (n_vectors * LANES + n_classes - 1) // n_classes
+    cdef Py_ssize_t n_classes = batch.n_classes, out_stride = batch.out_stride
+    cdef int64_t* ids = batch.ids + first
+    cdef floating* out = <floating*>(batch.out + first * out_stride)
+    cdef Py_ssize_t r, j, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef floating* factor = <floating*>rows.partial
     cdef floating* pull = factor + BLOCK_ROWS
-    cdef double both, magnitude
+    cdef floating* shift = pull + BLOCK_ROWS
+    cdef double both, magnitude, share = batch.options.share
     cdef floating[LANES] vector
-    cdef floating single
     cdef floating* row = out
     for r in range(n):
-        both = rows.scale[r] * rows.inverse[r]
+        both = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
         factor[r] = <floating>both
         magnitude = 1.0 if rows.scale[r] == 0.0 else fabs(both)
         n_special += 1 if magnitude < smallest_factor(out) else 0
         n_special += 1 if magnitude > largest_factor(out) else 0
-        pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
+        shift[r] = <floating>shift_of(rows, r, share)
+        pull[r] = <floating>pull_of(batch, rows, r, rows.miss[r])
+    if share != 0.0:
+        for r in range(n):
+            magnitude = 1.0 if rows.scale[r] == 0.0 else fabs(rows.scale[r] * share)
+            n_special += 1 if magnitude < smallest_factor(out) else 0
+            n_special += 1 if magnitude > largest_factor(out) else 0
     if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n_over):
-        single = factor[r]
         for j in range(n_vectors):
-            for lane in range(LANES):
-                vector[lane] = terms[j * LANES + lane] * single
+            shift_terms(vector, terms + j * LANES, LANES, factor[r], shift[r])
             memcpy(row + j * LANES, vector, sizeof(vector))
         row[ids[r] if ids[r] > 0 else 0] = pull[r]     # 0.0 for an ignored row, at element 0
         terms += n_classes
         row += n_classes
-    for r in range(n_over if n_over > 0 else 0, n):
+    for r in range(n_over, n):
         row = <floating*>(<char*>out + r * out_stride)
         if ids[r] < 0:
             memset(row, 0, n_classes * sizeof(floating))
         else:
-            scale_terms(row, terms, n_classes, rows.scale[r], rows.inverse[r])
+            scale_terms(row, terms, n_classes, rows, r, share)
             row[ids[r]] = pull[r]
         terms += n_classes
+    if batch.options.transform.mask != NULL:
+        for r in range(n):
+            row = <floating*>(<char*>out + r * out_stride)
+            if ids[r] >= 0:
+                hide_classes(mask_of(batch, first + r), row, n_classes, rows, r, ids[r])
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:

@@ -66,7 +66,7 @@ from fastce._kernels.lanes cimport (
     total_of,
 )
 from fastce._kernels.large cimport PREFETCH_BYTES, sum_chunk
-from fastce._kernels.staged cimport is_identity, padded, stage_logits
+from fastce._kernels.staged cimport Options, hide, is_identity, no_options, padded, set_scale, stage_logits
 from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -85,8 +85,8 @@ from fastce._kernels.vexp cimport (
 cdef extern from "target.h" nogil:
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
-    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor)
-    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor)
+    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
+    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor, double shift)
     void stream_fence "fastce_stream_fence" ()
     void prefetch "fastce_prefetch" (const void* address)
 
@@ -337,6 +337,7 @@ cdef inline void measure_row(
     cdef Py_ssize_t chunk, start, n, i, index, place, top
     cdef double a, at_maximum = 0.0
     cdef Pending nothing = nothing_pending()
+    cdef Options none = no_options()
     cdef double[2] total
     cdef double[2] mass
     cdef double[2] linear
@@ -355,7 +356,7 @@ cdef inline void measure_row(
         terms = <floating*>pieces.terms + place
         z = stage(batch, pieces, row, r, start, n, again, like)
         top = own.argmax[r] - start
-        add_chunk(total, sum_chunk(z, terms, n, top, True, &own.window[r], &at_maximum, &nothing))
+        add_chunk(total, sum_chunk(&none, z, NULL, 0, n, terms, top, True, &own.window[r], 0, &at_maximum, NULL, &nothing))
         if has_dense_mass(batch):
             dense = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
             if has_base_alone(batch):
@@ -392,10 +393,11 @@ cdef inline void measure_row(
     own.linear[r] = linear[0] + linear[1] if linear[0] < INFINITY else linear[0]
     own.spread[r] = spread[0] + spread[1]
     put_row(
-        &own.rows, r, total[0] + total[1], at_maximum, own.maximum[r] - own.window[r].offset, own.window[r].shift
+        &own.rows, r, total[0] + total[1], at_maximum, own.maximum[r] - own.window[r].offset, own.window[r].shift,
+        own.window[r].offset,
     )
     if own.window[r].offset != own.window[r].offset:
-        put_row(&own.rows, r, NAN, NAN, NAN, 0.0)
+        put_row(&own.rows, r, NAN, NAN, NAN, 0.0, 0.0)
 
 
 # ---- the block -----------------------------------------------------------------------------------------------------
@@ -408,7 +410,7 @@ cdef inline void take_block(
         if is_skipped(batch, first + r):
             own.argmax[r] = -1
             own.maximum[r] = 0.0
-            put_row(&own.rows, r, 0.0, 1.0, 0.0, 0.0)
+            put_row(&own.rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
         else:
             measure_row(batch, own, pieces, first + r, r, like)
     finish_rows(&own.rows, n)
@@ -461,13 +463,15 @@ cdef inline void write_row(
         # The Hessian first: the gradient may be written over logits, never over terms.
         if batch.hess != NULL:
             write_hessian(batch, own, r, terms, hess + start, n, top)
-            hide(mask_of(batch, row), start, hess + start, n)
+            if mask_of(batch, row) != NULL:
+                hide(mask_of(batch, row) + start, hess + start, n)
         if batch.out != NULL:
             results = terms if batch.stream else out + start
             write_gradient(batch, own, row, r, start, terms, mass, results, n, top)
             if batch.transform.cap != 0.0:
                 multiply(results, <const floating*>pieces.chain + place, n)
-            hide(mask_of(batch, row), start, results, n)
+            if mask_of(batch, row) != NULL:
+                hide(mask_of(batch, row) + start, results, n)
             if batch.stream:
                 stream_piece(out + start, results, n)
 
@@ -479,18 +483,10 @@ cdef inline void stream_piece(floating* out, const floating* results, Py_ssize_t
     cdef Py_ssize_t body = (n - head) // line * line
     memcpy(out, results, head * sizeof(floating))
     if floating is float:
-        stream_float(out + head, results + head, body, 1)
+        stream_float(out + head, results + head, body, 1, -0.0)
     else:
-        stream_double(out + head, results + head, body, 1)
+        stream_double(out + head, results + head, body, 1, -0.0)
     memcpy(out + head + body, results + head + body, (n - head - body) * sizeof(floating))
-
-
-# A class that does not exist has gradient 0, also where mass lies on it and in rows that are nan.
-cdef inline void hide(const uint8_t* mask, Py_ssize_t start, floating* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    if mask != NULL:
-        for i in range(n):
-            out[i] = out[i] if mask[start + i] else 0
 
 
 cdef inline void multiply(floating* out, const floating* chain, Py_ssize_t n) noexcept nogil:
@@ -704,8 +700,8 @@ cdef Batch batch_of(cnp.ndarray logits, cnp.ndarray memory):
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
     batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
-    batch.transform.scale = batch.scale = batch.certain = 1.0
-    batch.transform.is_single = True
+    batch.scale = batch.certain = 1.0
+    set_scale(&batch.transform, 1.0, True)
     batch.memory = <char*>cnp.PyArray_DATA(memory)
     return batch
 
@@ -749,8 +745,7 @@ def soft_rows(
     batch.certain = 1.0 - smoothing
     batch.smoothing = smoothing
     batch.base = data_of(base)
-    batch.transform.scale = logit_scale
-    batch.transform.is_single = <float>logit_scale == logit_scale
+    set_scale(&batch.transform, logit_scale, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
     batch.transform.cap = cap
     batch.transform.mask = <uint8_t*>data_of(mask)
     batch.transform.mask_stride = 0 if mask is None or len(mask) == 1 else stride_of(mask)

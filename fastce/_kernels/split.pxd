@@ -3,19 +3,19 @@
 from libc.math cimport fabs
 from libc.stdint cimport int64_t
 
-from fastce._kernels.block cimport Batch, Pending, Scratch, nothing_pending, put_row, scale_terms, terms_of
+from fastce._kernels.block cimport Batch, Pending, Scratch, mask_of, nothing_pending, put_row, scale_terms, terms_of
 from fastce._kernels.lanes cimport (
     CHUNK,
     LANES,
     chunks_of,
     exp_limit,
-    exp_terms,
     larger,
     smaller,
     sum_limit,
     sum_of_chunks,
 )
-from fastce._kernels.large cimport KEEP_BYTES, sum_chunk
+from fastce._kernels.large cimport KEEP_BYTES, put_below, repeat_terms, sum_chunk
+from fastce._kernels.staged cimport staged_logit
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
 
 cdef enum:
@@ -28,18 +28,20 @@ cdef enum:
 cdef struct SplitRow:
     ExpWindow window
     double at_target
+    double z_target
     bint whole              # to be taken by take_rows after all: ignored, or its target's window does not fit
 
 
 cdef struct Split:
     SplitRow* rows
     double* sums            # of the chunks, row by row
+    double* below           # with smoothing, of their z_t - z
     char* terms             # of the chunks, each behind a vector of slack; NULL: to be computed twice
     Py_ssize_t n_chunks     # of a row
 
 
 cdef inline Py_ssize_t split_bytes(const Batch* batch, Py_ssize_t n_rows) noexcept nogil:
-    return n_rows * (sizeof(SplitRow) + chunks_of(batch.n_classes) * sizeof(double)) + 64
+    return n_rows * (sizeof(SplitRow) + 2 * chunks_of(batch.n_classes) * sizeof(double)) + 64
 
 
 cdef inline Py_ssize_t split_terms_bytes(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
@@ -59,13 +61,15 @@ cdef inline void begin_split(
     split.n_chunks = chunks_of(batch.n_classes)
     split.rows = <SplitRow*>(memory + n_bytes)
     split.sums = <double*>(split.rows + batch.n_rows)
+    split.below = split.sums + batch.n_rows * split.n_chunks
     for r in range(batch.n_rows):
         row = split.rows + r
         t = batch.ids[r]
         x = <const floating*>(batch.logits + r * batch.logits_stride)
-        row.whole = t < 0 or not fabs(x[larger(t, 0)]) <= exp_limit(x)
+        row.z_target = staged_logit(&batch.options, x, mask_of(batch, r), larger(t, 0))
+        row.whole = t < 0 or not fabs(row.z_target) <= exp_limit(x)
         if not row.whole:
-            row.window = exp_window(x, shift_for(x, x[t]), 0.0)
+            row.window = exp_window(x, shift_for(x, row.z_target), 0.0)
 
 
 cdef inline void sum_split(
@@ -77,8 +81,9 @@ cdef inline void sum_split(
     cdef Pending nothing = nothing_pending()
     if not row.whole:
         split.sums[task] = sum_chunk(
-            x + start, split_terms(split, own, task, like), smaller(batch.n_classes - start, CHUNK),
-            batch.ids[r] - start, True, &row.window, &row.at_target, &nothing,
+            &batch.options, x, mask_of(batch, r), start, smaller(batch.n_classes, start + CHUNK),
+            split_terms(split, own, task, like), batch.ids[r], True, &row.window, <floating>row.z_target,
+            &row.at_target, split.below + task, &nothing,
         )
 
 
@@ -87,15 +92,18 @@ cdef inline void join_split(const Batch* batch, Split* split, Scratch* rows, con
     cdef Py_ssize_t r
     cdef const floating* x
     cdef SplitRow* row
-    cdef double others
+    cdef double others, below
     for r in range(batch.n_rows):
         row = split.rows + r
-        put_row(rows, r, 0.0, 1.0, 0.0, 0.0)
+        put_row(rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
         if not row.whole:
             x = <const floating*>(batch.logits + r * batch.logits_stride)
             others = sum_of_chunks(split.sums + r * split.n_chunks, split.n_chunks)
             row.whole = not others < sum_limit(x)
-            put_row(rows, r, others, row.at_target, x[batch.ids[r]], row.window.shift)
+            put_row(rows, r, others, row.at_target, row.z_target, row.window.shift, 0.0)
+            if batch.options.share != 0.0:
+                below = sum_of_chunks(split.below + r * split.n_chunks, split.n_chunks)
+                put_below(&batch.options, x, batch.n_classes, batch.ids[r], rows, r, below)
 
 
 cdef inline void write_split(
@@ -109,8 +117,10 @@ cdef inline void write_split(
     cdef Py_ssize_t size = smaller(batch.n_classes - start, CHUNK)
     if not split.rows[r].whole:
         if split.terms == NULL:
-            exp_terms(x + start, terms, size, &split.rows[r].window)
-        scale_terms(out + start, terms, size, rows.scale[r], rows.inverse[r])
+            repeat_terms(
+                &batch.options, x, mask_of(batch, r), start, size, terms, &split.rows[r].window
+            )
+        scale_terms(out + start, terms, size, rows, r, batch.options.share)
 
 
 # The exponentials of a chunk: kept for the second round, or in the thread's own scratch.

@@ -63,8 +63,9 @@ static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, f
 static inline int fastce_is_forked_child(void) { return fastce_forked; }
 
 /* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
-   row is read up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not a loop over
-   an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles. */
+   row is read up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not
+   a loop over an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15
+   cycles. */
 #if defined(__AVX512F__)
 #define FASTCE_BYTES 64
 #elif defined(__AVX__)
@@ -129,41 +130,77 @@ static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
 FASTCE_SUM_LANES(float, int32_t)
 FASTCE_SUM_LANES(double, int64_t)
 
-/* out[i] = terms[i] * factor for i < n, out at a 64-byte boundary and n whole lines, past the caches: a gradient that
-   does not fit them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor are
-   the logits thrown out for it. No plain loop says this to gcc. Elsewhere than on x86-64 it is a plain loop. */
+/* The sum of top - x over a row, 16 elements at a time of which two meet in the dtype, then in 8 float64 lanes that are
+   folded to 4; the row is read up to the next multiple of 16. */
+#define FASTCE_SUM_BELOW(type, integer)                                                                               \
+    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, type top, double *folded)                \
+    {                                                                                                                 \
+        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
+        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
+        typedef double double_octet __attribute__((vector_size(64)));                                                 \
+        typedef double double_quad __attribute__((vector_size(32)));                                                  \
+        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
+        union { double_octet whole; double_quad half[2]; } sum = {{0}};                                               \
+        octet x, y;                                                                                                   \
+        ptrdiff_t i = 0;                                                                                              \
+        for (; i + 16 <= n; i += 16) {                                                                                \
+            memcpy(&x, row + i, sizeof x);                                                                            \
+            memcpy(&y, row + i + 8, sizeof y);                                                                        \
+            sum.whole += __builtin_convertvector((top - x) + (top - y), double_octet);                                \
+        }                                                                                                             \
+        if (i < n) {                                                                                                  \
+            memcpy(&x, row + i, sizeof x);                                                                            \
+            memcpy(&y, row + i + 8, sizeof y);                                                                        \
+            x = (octet)((octet_index)(top - x) & (index < (integer)(n - i)));                                         \
+            y = (octet)((octet_index)(top - y) & (index < (integer)(n - i - 8)));                                     \
+            sum.whole += __builtin_convertvector(x + y, double_octet);                                                \
+        }                                                                                                             \
+        sum.half[0] += sum.half[1];                                                                                   \
+        memcpy(folded, &sum.half[0], 32);                                                                             \
+    }
+FASTCE_SUM_BELOW(float, int32_t)
+FASTCE_SUM_BELOW(double, int64_t)
+
+/* out[i] = terms[i] * factor + shift for i < n, out at a 64-byte boundary and n whole lines, past the caches: a gradient
+   that does not fit them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor
+   are the logits thrown out for it. No plain loop says this to gcc. Elsewhere than on x86-64 it is a plain loop. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__AVX512F__)
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+#define FASTCE_STREAM(out, in, factor, shift, type, suffix)                                                           \
     for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(type))                                                   \
         _mm512_stream_##suffix(out + i,                                                                               \
-            _mm512_mul_##suffix(_mm512_loadu_##suffix(in + i), _mm512_set1_##suffix(factor)))
-#elif defined(__AVX__)
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+            _mm512_fmadd_##suffix(_mm512_loadu_##suffix(in + i), _mm512_set1_##suffix(factor),                        \
+                                  _mm512_set1_##suffix(shift)))
+#elif defined(__AVX2__)
+#define FASTCE_STREAM(out, in, factor, shift, type, suffix)                                                           \
     for (ptrdiff_t i = 0; i < n; i += 32 / (ptrdiff_t)sizeof(type))                                                   \
         _mm256_stream_##suffix(out + i,                                                                               \
-            _mm256_mul_##suffix(_mm256_loadu_##suffix(in + i), _mm256_set1_##suffix(factor)))
+            _mm256_fmadd_##suffix(_mm256_loadu_##suffix(in + i), _mm256_set1_##suffix(factor),                        \
+                                  _mm256_set1_##suffix(shift)))
 #else
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+#define FASTCE_STREAM(out, in, factor, shift, type, suffix)                                                           \
     for (ptrdiff_t i = 0; i < n; i += 16 / (ptrdiff_t)sizeof(type))                                                   \
         _mm_stream_##suffix(out + i,                                                                                  \
-            _mm_mul_##suffix(_mm_loadu_##suffix(in + i), _mm_set1_##suffix(factor)))
+            _mm_add_##suffix(_mm_mul_##suffix(_mm_loadu_##suffix(in + i), _mm_set1_##suffix(factor)),                 \
+                             _mm_set1_##suffix(shift)))
 #endif
 static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #else
-#define FASTCE_STREAM(out, in, factor, type, suffix)                                                                  \
+#define FASTCE_STREAM(out, in, factor, shift, type, suffix)                                                           \
     for (ptrdiff_t i = 0; i < n; i++)                                                                                 \
-        out[i] = in[i] * factor
+        out[i] = fastce_multiply_add_##type(in[i], factor, shift)
 static inline void fastce_stream_fence(void) {}
 #endif
-static inline void fastce_stream_float(float *out, const float *terms, ptrdiff_t n, float factor)
+static inline void fastce_stream_float(float *out, const float *terms, ptrdiff_t n, float factor,
+                                       float shift)
 {
-    FASTCE_STREAM(out, terms, factor, float, ps);
+    FASTCE_STREAM(out, terms, factor, shift, float, ps);
 }
-static inline void fastce_stream_double(double *out, const double *terms, ptrdiff_t n, double factor)
+static inline void fastce_stream_double(double *out, const double *terms, ptrdiff_t n, double factor,
+                                        double shift)
 {
-    FASTCE_STREAM(out, terms, factor, double, pd);
+    FASTCE_STREAM(out, terms, factor, shift, double, pd);
 }
 
 /* A hint only: any address will do. */
