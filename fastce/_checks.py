@@ -404,6 +404,14 @@ def is_distribution(targets, array, logits_shape):
     return array.shape == logits_shape and is_floating(array.dtype) and not is_empty_list(targets, array)
 
 
+def as_target_logits(targets, shape):
+    """Return targets that are logits themselves as a plain floating array of the logits' shape."""
+    array = as_logits(targets, "targets")
+    if array.shape != shape:
+        raise ValueError(f"targets must have the shape of logits, {shape}, got {array.shape}")
+    return array
+
+
 def check_distribution(array, axis, live, num_threads):
     """Raise unless every number of a distribution is finite and >= 0, rows that are not `live` excepted."""
     if is_mass(array, num_threads):

@@ -16,12 +16,18 @@ IGNORE_INDEX = _checks.DEFAULT_IGNORED
 class Problem:
     """Rows of logits and their targets, of which exactly one kind is there; arrays over the rows are flat.
 
-    `ids` (N,) int64, -1 in rows that are ignored; `indices` and `values` (N, m); `distribution` of logits' shape.
+    `ids` (N,) int64, -1 in rows that are ignored; `indices` and `values` (N, m); `distribution` of logits' shape, or
+    `target_logits` whose softmax it is.
+    The sum of the losses is divided by `divisor`, which is 1 but for a mean; gradients are multiplied by `scale`, a
+    float or one factor per row.
     """
 
     logits: np.ndarray
     axis: int
     num_threads: int | None
+    reduction: str = "none"
+    divisor: float = 1.0
+    scale: float | np.ndarray = 1.0
     weight: np.ndarray | None = None
     sample_weight: np.ndarray | None = None
     ids: np.ndarray | None = None
@@ -29,6 +35,7 @@ class Problem:
     indices: np.ndarray | None = None
     values: np.ndarray | None = None
     distribution: np.ndarray | None = None
+    target_logits: np.ndarray | None = None
     mask: np.ndarray | None = None
     smoothing: float = 0.0
     logit_scale: float = 1.0
@@ -58,6 +65,15 @@ class Problem:
         if self.ids is None or self.sample_weight is None or self.sample_weight.all():
             return self.ids
         return np.where(self.sample_weight == 0, -1, self.ids)
+
+    def take_gradient(self, grad_output, buffers, *, any_float=False, **arguments):
+        """Take the factor of the gradient; check its `buffers` (name -> array or None), also against `arguments`."""
+        self.scale = _checks.as_grad_output(grad_output, self.reduction, self.row_shape)
+        given = given_arrays(logits=self.logits, grad_output=grad_output, **arguments)
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                _checks.check_out(buffer, self.logits, given, any_float=any_float, name=name)
+                given.append((name, buffer))
 
     def total_weight(self):
         """Return what a mean divides by: the weights of the rows that count, of the classes for class ids only."""
@@ -109,13 +125,17 @@ class Problem:
 
 
 def pose(
-    logits, targets, axis, num_threads, *, weight=None, sample_weight=None, ignore_index=IGNORE_INDEX,
-    label_smoothing=0.0, logit_scale=1.0, softcap=None, z_loss=0.0, class_mask=None, before_targets=None,
+    logits, targets, axis, num_threads, *, reduction="none", denominator=None, weight=None, sample_weight=None,
+    ignore_index=IGNORE_INDEX, label_smoothing=0.0, logit_scale=1.0, softcap=None, z_loss=0.0, class_mask=None,
+    from_logits=False, grad_output=None, buffers=None, any_float=False,
 ):
-    """Return the Problem that the arguments pose, or raise; `before_targets` checks what can be told without them."""
+    """Return the Problem that the arguments pose, or raise; a gradient is asked for by its `buffers`."""
+    _checks.check_reduction(reduction)
+    from_logits = _checks.as_bool("from_logits", from_logits)
+    divisor = _checks.as_denominator(denominator, reduction)
     logits = _checks.as_logits(logits)
     axis = _checks.as_axis(axis, logits.shape)
-    problem = Problem(logits, axis, _checks.as_num_threads(num_threads))
+    problem = Problem(logits, axis, _checks.as_num_threads(num_threads), reduction)
     ignored = _checks.as_ignored(ignore_index)
     problem.weight = _checks.as_class_weight(weight, logits.shape[axis])
     problem.sample_weight = _checks.as_sample_weight(sample_weight, problem.row_shape)
@@ -124,14 +144,22 @@ def pose(
     problem.cap = _checks.as_softcap(softcap)
     problem.z_loss = _checks.as_non_negative("z_loss", z_loss)
     problem.mask = _checks.as_class_mask(class_mask, logits.shape, axis)
-    if before_targets is not None:
-        before_targets(problem)
-    _take_targets(problem, targets, ignore_index, ignored)
+    if buffers is not None:
+        problem.take_gradient(
+            grad_output, buffers, any_float=any_float, targets=targets, weight=weight, sample_weight=sample_weight,
+            class_mask=class_mask,
+        )
+    if from_logits:
+        problem.target_logits = _checks.as_target_logits(targets, logits.shape)
+    else:
+        _take_targets(problem, targets, ignore_index, ignored)
     live = problem.live() if problem.mask is not None or problem.distribution is not None else None
     if problem.mask is not None:
         _checks.check_classes_left(problem.mask, live)
     if problem.distribution is not None:
         _checks.check_distribution(problem.distribution, axis, live, problem.num_threads)
+    if reduction == "mean":
+        problem.divisor = problem.total_weight() if divisor is None else divisor
     return problem
 
 
@@ -174,31 +202,23 @@ def gradient_array(problem, out):
     return np.empty(problem.logits.shape, problem.logits.dtype.newbyteorder("=")) if out is None else out
 
 
-def deliver(problem, reduction, divisor, scale, losses, loss, out=None, hess=None):
-    """Fill what is asked for and return the loss: each row's in the array `loss`, their sum, or their mean.
+def deliver(problem, *gradients, fill=Problem.fill):
+    """Fill the `gradients`, arrays or None, and return the loss: an array of each row's, their sum, or their mean.
 
-    The mean of nothing, whose `divisor` is 0, is nan and has the gradient 0, whatever its rows hold.
+    `fill(problem, losses, scale, *gradients)` computes. The mean of nothing, whose divisor is 0, is nan and has the
+    gradient 0, whatever its rows hold.
     """
-    if reduction == "mean" and divisor == 0.0:
-        for array in (out, hess):
-            if array is not None:
-                array[...] = 0
+    losses = np.empty(problem.n_rows)
+    loss = np.empty(problem.row_shape, problem.loss_dtype) if problem.reduction == "none" else None
+    if problem.divisor == 0.0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient[...] = 0
         return float("nan")
-    problem.fill(losses, scale / divisor if reduction == "mean" else scale, out, hess)
-    return reduce_losses(losses, reduction, divisor, loss)
-
-
-def reduce_losses(losses, reduction, divisor, loss):
-    """Return the rows' losses in the array `loss`, their sum, or their sum by `divisor`."""
-    if reduction == "none":
-        with np.errstate(over="ignore", under="ignore"):
-            np.copyto(loss, losses.reshape(loss.shape), casting="same_kind")
-        return loss
-    total = _engine.kernels.sum_losses(losses)
-    return total / divisor if reduction == "mean" else total
-
-
-def loss_arrays(problem, reduction):
-    """Return (float64 array for the rows' losses, array to return them in or None)."""
-    loss = np.empty(problem.row_shape, problem.loss_dtype) if reduction == "none" else None
-    return np.empty(problem.n_rows), loss
+    scale = problem.scale / problem.divisor if problem.reduction == "mean" else problem.scale
+    fill(problem, losses, scale, *gradients)
+    if loss is None:
+        return _engine.kernels.sum_losses(losses) / problem.divisor
+    with np.errstate(over="ignore", under="ignore"):
+        np.copyto(loss, losses.reshape(loss.shape), casting="same_kind")
+    return loss

@@ -1,11 +1,11 @@
 """Losses of the target's probability alone: their gradient is that of cross-entropy, times a factor of each row."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from fastce import _checks
-from fastce._problem import given_arrays, gradient_array, loss_arrays, pose, reduce_losses
+from fastce._problem import deliver, gradient_array, pose
 
 
 def target_loss(
@@ -15,44 +15,28 @@ def target_loss(
     """Return (loss, gradient or None) of a loss f(p_t) of class ids.
 
     `loss_and_factor` maps the rows' cross-entropies -log p_t (float64) to f(p_t) and to -p_t f'(p_t): since
-    dp_t/dz_c = p_t ([c = t] - p_c), the gradient of f is p_c - [c = t] times that factor. The first pass over logits
-    gives the cross-entropies, the second, which a gradient needs, the gradients.
+    dp_t/dz_c = p_t ([c = t] - p_c), the gradient of f is p_c - [c = t] times that factor.
     """
-    _checks.check_reduction(reduction)
-    divisor = _checks.as_denominator(denominator, reduction)
-    scales = []
-
-    def check_buffer(problem):
-        scales.append(_checks.as_grad_output(grad_output, reduction, problem.row_shape))
-        if out is not None:
-            given = given_arrays(
-                logits=problem.logits, grad_output=grad_output, targets=targets, weight=weight,
-                sample_weight=sample_weight,
-            )
-            _checks.check_out(out, problem.logits, given)
-
     problem = pose(
-        logits, targets, axis, num_threads, weight=weight, sample_weight=sample_weight, ignore_index=ignore_index,
-        before_targets=check_buffer,
+        logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, weight=weight,
+        sample_weight=sample_weight, ignore_index=ignore_index, grad_output=grad_output, buffers={"out": out},
     )
     if problem.ids is None:
         raise TypeError("targets must be class ids: this loss is one of the probability of a single class")
-    if divisor is None and reduction == "mean":
-        divisor = problem.total_weight()
-    losses, loss = loss_arrays(problem, reduction)
     grad = gradient_array(problem, out) if with_grad else None
-    if reduction == "mean" and divisor == 0.0:
-        if grad is not None:
-            grad[...] = 0
-        return float("nan"), grad
+    return deliver(problem, grad, fill=partial(_fill, loss_and_factor)), grad
+
+
+def _fill(loss_and_factor, problem, losses, scale, grad):
+    """Fill `losses` (N,) in a first pass over logits and, unless it is None, `grad` in a second."""
     unweighted = replace(problem, ids=problem.ids_that_count(), weight=None, sample_weight=None)
     unweighted.fill(losses)
     row_losses, factors = loss_and_factor(losses)
-    if with_grad:
-        factors *= scales[0] / divisor if reduction == "mean" else scales[0]
+    if grad is not None:
+        factors *= scale
         problem.fill(losses, factors, grad)
-    _weigh(row_losses, problem)
-    return reduce_losses(row_losses, reduction, divisor, loss), grad
+    losses[:] = row_losses
+    _weigh(losses, problem)
 
 
 def _weigh(losses, problem):

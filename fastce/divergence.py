@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastce import _checks, _engine
-from fastce._problem import AXIS, Problem, classes_last, given_arrays, gradient_array, loss_arrays, pose, reduce_losses
+from fastce import _engine
+from fastce._problem import AXIS, classes_last, deliver, gradient_array, pose
 
 __all__ = ["kl_divergence", "kl_divergence_with_grad"]
 
@@ -125,50 +125,23 @@ def _divergence(
     logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads, grad_output=None, out=None,
     *, with_grad=False,
 ):
-    _checks.check_reduction(reduction)
-    from_logits = _checks.as_bool("from_logits", from_logits)
-    divisor = _checks.as_denominator(denominator, reduction)
-    problem = _pose(logits, targets, axis, from_logits, sample_weight, num_threads)
-    scale = _checks.as_grad_output(grad_output, reduction, problem.row_shape)
-    if out is not None:
-        given = given_arrays(
-            logits=problem.logits, grad_output=grad_output, targets=problem.distribution, sample_weight=sample_weight
-        )
-        _checks.check_out(out, problem.logits, given)
-    if divisor is None and reduction == "mean":
-        divisor = problem.total_weight()
-    losses, loss = loss_arrays(problem, reduction)
+    problem = pose(
+        logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, sample_weight=sample_weight,
+        ignore_index=None, from_logits=from_logits,
+    )
+    targets = problem.target_logits if from_logits else problem.distribution
+    if targets is None:
+        raise TypeError("targets must be distributions, floats of the logits' shape; class ids go to cross_entropy")
+    # Not by pose: `out` must not overlap the array of targets, whatever object it was made from.
+    problem.take_gradient(grad_output, {"out": out}, targets=targets, sample_weight=sample_weight)
     grad = gradient_array(problem, out) if with_grad else None
-    if reduction == "mean":
-        if divisor == 0.0:
-            if grad is not None:
-                grad[...] = 0
-            return float("nan"), grad
-        scale = scale / divisor
-    _fill(problem, from_logits, losses, scale, grad)
-    return reduce_losses(losses, reduction, divisor, loss), grad
+    return deliver(problem, grad, fill=_fill), grad
 
 
-def _pose(logits, targets, axis, from_logits, sample_weight, num_threads):
-    if not from_logits:
-        problem = pose(logits, targets, axis, num_threads, sample_weight=sample_weight, ignore_index=None)
-        if problem.distribution is None:
-            raise TypeError("targets must be distributions, floats of the logits' shape; class ids go to cross_entropy")
-        return problem
-    logits = _checks.as_logits(logits)
-    problem = Problem(logits, _checks.as_axis(axis, logits.shape), _checks.as_num_threads(num_threads))
-    problem.sample_weight = _checks.as_sample_weight(sample_weight, problem.row_shape)
-    problem.distribution = _checks.as_logits(targets, "targets")
-    if problem.distribution.shape != logits.shape:
-        raise ValueError(
-            f"targets must have the shape of logits, {logits.shape}, got {problem.distribution.shape}"
-        )
-    return problem
-
-
-def _fill(problem, from_logits, losses, scale, grad):
+def _fill(problem, losses, scale, grad):
     """Fill `losses` (N,) and, unless it is None, `grad`, in blocks: targets from logits are never whole in memory."""
-    arrays = problem.logits, problem.distribution, grad
+    from_logits = problem.distribution is None
+    arrays = problem.logits, problem.target_logits if from_logits else problem.distribution, grad
     logits, targets, grad = (classes_last(array, problem.axis) for array in arrays)
     step = max(1, _engine.BUFFER_ELEMENTS // logits.shape[-1])
     for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):

@@ -1,7 +1,7 @@
 """Softmax cross-entropy with gradient and Hessian: checks, allocates, one call, returns."""
 
-from fastce import _checks, _engine
-from fastce._problem import AXIS, IGNORE_INDEX, deliver, given_arrays, gradient_array, loss_arrays, pose
+from fastce import _engine
+from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, pose
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
 
@@ -143,14 +143,12 @@ def cross_entropy(
         )
         if plain is not None:
             return plain[0]
-    _checks.check_reduction(reduction)
-    divisor = _checks.as_denominator(denominator, reduction)
     problem = pose(
-        logits, targets, axis, num_threads, weight=weight, sample_weight=sample_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask,
+        logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, weight=weight,
+        sample_weight=sample_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask,
     )
-    divisor = problem.total_weight() if divisor is None and reduction == MEAN else divisor
-    return deliver(problem, reduction, divisor, 1.0, *loss_arrays(problem, reduction))
+    return deliver(problem)
 
 
 def may_be_plain(axis, softcap, reduction):
@@ -241,14 +239,14 @@ def cross_entropy_with_grad(
         )
         if plain is not None:
             return plain
-    problem, divisor, scale = _pose_with_gradient(
-        logits, targets, axis, num_threads, reduction, denominator, grad_output, (("out", out),), weight=weight,
+    problem = pose(
+        logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, weight=weight,
         sample_weight=sample_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask,
+        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, class_mask=class_mask, grad_output=grad_output,
+        buffers={"out": out},
     )
-    losses, loss = loss_arrays(problem, reduction)
     grad = gradient_array(problem, out)
-    return deliver(problem, reduction, divisor, scale, losses, loss, grad), grad
+    return deliver(problem, grad), grad
 
 
 def cross_entropy_with_grad_hess(
@@ -324,36 +322,11 @@ def cross_entropy_with_grad_hess(
         raise ValueError(
             f"softcap must be None for a Hessian, got {softcap!r}; apply the cap to the logits before the call"
         )
-    problem, divisor, scale = _pose_with_gradient(
-        logits, targets, axis, num_threads, reduction, denominator, grad_output, (("out", out), ("hess_out", hess_out)),
-        any_float=True, weight=weight, sample_weight=sample_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, logit_scale=logit_scale, z_loss=z_loss, class_mask=class_mask,
+    problem = pose(
+        logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, weight=weight,
+        sample_weight=sample_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, z_loss=z_loss, class_mask=class_mask, grad_output=grad_output,
+        buffers={"out": out, "hess_out": hess_out}, any_float=True,
     )
-    losses, loss = loss_arrays(problem, reduction)
     grad, hess = gradient_array(problem, out), gradient_array(problem, hess_out)
-    return deliver(problem, reduction, divisor, scale, losses, loss, grad, hess), grad, hess
-
-
-def _pose_with_gradient(
-    logits, targets, axis, num_threads, reduction, denominator, grad_output, buffers, *, any_float=False, **options
-):
-    """Return (problem, what a mean divides by, scale of the gradient), with `buffers` (name, array or None) checked."""
-    _checks.check_reduction(reduction)
-    divisor = _checks.as_denominator(denominator, reduction)
-    scales = []
-
-    def check_buffers(problem):
-        scales.append(_checks.as_grad_output(grad_output, reduction, problem.row_shape))
-        given = given_arrays(
-            logits=problem.logits, grad_output=grad_output, targets=targets, weight=options["weight"],
-            sample_weight=options["sample_weight"], class_mask=options["class_mask"],
-        )
-        for name, buffer in buffers:
-            if buffer is not None:
-                _checks.check_out(buffer, problem.logits, given, any_float=any_float, name=name)
-                given = [*given, (name, buffer)]
-
-    problem = pose(logits, targets, axis, num_threads, before_targets=check_buffers, **options)
-    if divisor is None and reduction == MEAN:
-        divisor = problem.total_weight()
-    return problem, divisor, scales[0]
+    return deliver(problem, grad, hess), grad, hess
