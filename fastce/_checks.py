@@ -16,23 +16,35 @@ INT64_MAX = np.iinfo(np.int64).max
 REDUCTIONS = ("none", "mean", "sum")
 DEFAULT_IGNORED = -100
 DEFAULT_IGNORED_IDS = np.array([DEFAULT_IGNORED])
+FLOATING = "float16, bfloat16, float32 or float64"
 
 
 def as_logits(logits, name="logits"):
     """Return `logits` as a plain floating array with at least one axis."""
-    array = as_plain_array(name, logits)
-    if not is_floating(array.dtype):
-        raise TypeError(
-            f"{name} must be a float16, bfloat16, float32 or float64 array, got {array.dtype}; "
-            "convert with .astype(np.float32)"
-        )
+    array = as_floating_array(name, logits)
     if array.ndim == 0:
         raise ValueError(f"{name} must have at least one axis, the class axis; got a 0-d array")
     return array
 
 
+def as_floating_array(name, value):
+    """Return `value` as a plain array, of any shape, of a dtype that fastce computes with."""
+    array = as_plain_array(name, value)
+    if not is_floating(array.dtype):
+        raise TypeError(f"{name} must be a {FLOATING} array, got {array.dtype}; convert with .astype(np.float32)")
+    return array
+
+
+def as_real_array(name, value, *, any_size=False):
+    """Return `value` as a plain array of integers or of floats; `any_size`: also of floats longer than float64."""
+    array = as_plain_array(name, value)
+    if array.dtype.kind not in ("iuf" if any_size else "iu") and not is_floating(array.dtype):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    return array
+
+
 def is_floating(dtype):
-    """Return whether fastce computes with this dtype: float16, float32, float64 or ml_dtypes' bfloat16."""
+    """Return whether a dtype is one of FLOATING; bfloat16 is ml_dtypes'."""
     return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or dtype.name == "bfloat16"
 
 
@@ -208,9 +220,7 @@ def as_grad_output(grad_output, reduction, row_shape):
     """Return the factor of the gradient: a float, or a flat float64 array with one factor per row."""
     if grad_output is None:
         return 1.0
-    array = as_plain_array("grad_output", grad_output)
-    if array.dtype.kind not in "iuf" and not is_floating(array.dtype):
-        raise TypeError(f"grad_output must be real numbers, got {array.dtype}")
+    array = as_real_array("grad_output", grad_output, any_size=True)
     if array.ndim == 0:
         return float(array)
     if reduction != "none":
@@ -237,7 +247,7 @@ def check_out(out, logits, given, *, any_float=False, name="out"):
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{name} must be a numpy array, got {type(out).__name__}")
     if any_float and not is_floating(out.dtype):
-        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 array, got {out.dtype}")
+        raise TypeError(f"{name} must be a {FLOATING} array, got {out.dtype}")
     if not any_float and out.dtype.newbyteorder("=") != dtype:
         raise TypeError(f"{name} must have the dtype of logits, {dtype}, got {out.dtype}")
     if not out.dtype.isnative:
@@ -336,9 +346,7 @@ def as_softcap(softcap):
 
 def as_numbers(name, value, shape, what, *, negative):
     """Return `value` as a private flat float64 array, finite, of the shape of `what`."""
-    array = as_plain_array(name, value)
-    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
-        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    array = as_real_array(name, value)
     if array.shape != shape:
         raise ValueError(f"{name} must have the shape of {what}, {shape}, got {array.shape}")
     numbers = array.astype(np.float64).reshape(-1)
@@ -456,26 +464,6 @@ def as_sparse_targets(targets, logits_shape, axis):
 
 # ---- probabilities ----------------------------------------------------------------------------------------------
 
-# The relative spacing of every dtype that probabilities and distributions may have.
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-FLOATING = "float16, bfloat16, float32 or float64"
-
-
-def as_probs(probs):
-    """Return `probs` as a plain array of a dtype in EPSILON, of any shape."""
-    array = as_plain_array("probs", probs)
-    if array.dtype.name not in EPSILON:
-        raise TypeError(f"probs must be a {FLOATING} array, got {array.dtype}; convert with .astype(np.float32)")
-    return array
-
-
-def as_real_array(name, value):
-    """Return `value` as an array of real numbers, of any dtype that has them."""
-    array = as_plain_array(name, value)
-    if array.dtype.kind not in "iuf" and array.dtype.name not in EPSILON:
-        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
-    return array
-
 
 def as_probs_axis(axis, shape):
     """Return the class axis of `probs` as a non-negative int."""
@@ -489,7 +477,7 @@ def as_probs_targets(targets, shape, axis, ignore_index):
     array = as_plain_array("targets", targets)
     ignored = as_ignored(ignore_index)
     row_shape = shape[:axis] + shape[axis + 1 :]
-    if array.shape == row_shape or not (array.dtype.kind == "f" or array.dtype.name in EPSILON):
+    if array.shape == row_shape or not (array.dtype.kind == "f" or is_floating(array.dtype)):
         ids, _ = about_probs(as_class_ids, targets, shape, axis, ignored)
         return ids, None
     if array.shape != shape:
@@ -497,7 +485,7 @@ def as_probs_targets(targets, shape, axis, ignore_index):
             f"targets must be class ids of shape {row_shape} or distributions of the shape of probs, {shape}, "
             f"got {array.dtype} of shape {array.shape}"
         )
-    if array.dtype.name not in EPSILON:
+    if not is_floating(array.dtype):
         raise TypeError(f"targets: distributions must be a {FLOATING} array, got {array.dtype}")
     if ignored.tolist() not in ([], [-100]):
         raise ValueError(
@@ -518,7 +506,7 @@ def about_probs(check, *arguments):
 def as_binary_targets(targets, shape):
     """Return the binary targets, bool, integer or floating, as a view that has the shape of probs."""
     array = as_plain_array("targets", targets)
-    if array.dtype.kind not in "biu" and array.dtype.name not in EPSILON:
+    if array.dtype.kind not in "biu" and not is_floating(array.dtype):
         raise TypeError(f"targets must be a bool, integer, {FLOATING} array, got {array.dtype}")
     return as_broadcast("targets", array, shape)
 
@@ -527,7 +515,7 @@ def as_binary_sample_weight(sample_weight, shape):
     """Return the weights of the entries as a view that has the shape of probs, or None."""
     if sample_weight is None:
         return None
-    return as_broadcast("sample_weight", as_real_array("sample_weight", sample_weight), shape)
+    return as_broadcast("sample_weight", as_real_array("sample_weight", sample_weight, any_size=True), shape)
 
 
 def as_broadcast(name, array, shape):
@@ -588,17 +576,6 @@ def check_distributions(q, place):
 # ---- binary -----------------------------------------------------------------------------------------------------
 
 LARGEST = np.finfo(np.float64).max
-
-
-def as_entry_logits(logits):
-    """Return `logits` as a plain floating array with any number of axes."""
-    array = as_plain_array("logits", logits)
-    if not is_floating(array.dtype):
-        raise TypeError(
-            f"logits must be a float16, bfloat16, float32 or float64 array, got {array.dtype}; "
-            "convert with .astype(np.float32)"
-        )
-    return array
 
 
 def as_entry_targets(targets, shape):
@@ -688,9 +665,7 @@ def as_entry_weight(name, weight, shape):
     """Return `weight` as None or a real array that broadcasts to `shape`."""
     if weight is None:
         return None
-    array = as_plain_array(name, weight)
-    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
-        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    array = as_real_array(name, weight)
     check_broadcasts(name, array, shape)
     return array
 
@@ -712,9 +687,7 @@ def as_entry_factors(grad_output, reduction, shape):
     """Return (factor of all gradients, factor of each entry's gradient or None); the array is not copied."""
     if grad_output is None:
         return 1.0, None
-    array = as_plain_array("grad_output", grad_output)
-    if array.dtype.kind not in "iu" and not is_floating(array.dtype):
-        raise TypeError(f"grad_output must be real numbers, got {array.dtype}")
+    array = as_real_array("grad_output", grad_output)
     if array.ndim == 0:
         return float(array), None
     if reduction != "none":

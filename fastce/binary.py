@@ -188,7 +188,7 @@ def _binary_cross_entropy(
     logits, targets, pos_weight, sample_weight, label_smoothing, reduction, denominator, num_threads, grad_output, out,
     *, with_grad,
 ):  # fmt: skip
-    logits = _checks.as_entry_logits(logits)
+    logits = _checks.as_floating_array("logits", logits)
     shape = logits.shape
     _checks.check_reduction(reduction)
     num_threads = _checks.as_num_threads(num_threads)

@@ -13,6 +13,8 @@ __all__ = ["binary_cross_entropy_from_probs", "cross_entropy_from_probs"]
 
 # Elements taken at a time: at most eight float64 temporaries of this size, 1 MB together, are held at once.
 BLOCK_ELEMENTS = 16384
+# The relative spacing of every dtype that probabilities may have.
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def cross_entropy_from_probs(
@@ -110,7 +112,7 @@ def cross_entropy_from_probs(
     >>> print(f"{cross_entropy_from_probs([0.75, 0.25], [0.5, 0.5]):.6f}")
     0.836988
     """
-    probs = _checks.as_probs(probs)
+    probs = _checks.as_floating_array("probs", probs)
     axis = _checks.as_probs_axis(axis, probs.shape)
     row_shape = probs.shape[:axis] + probs.shape[axis + 1 :]
     _checks.check_reduction(reduction)
@@ -193,7 +195,7 @@ def binary_cross_entropy_from_probs(
     >>> binary_cross_entropy_from_probs([0.9, 0.9], [1, 0], reduction="none").round(6)
     array([0.105361, 2.302585])
     """
-    probs = _checks.as_probs(probs)
+    probs = _checks.as_floating_array("probs", probs)
     _checks.check_reduction(reduction)
     _checks.as_num_threads(num_threads)
     if denominator is not None:
@@ -279,7 +281,7 @@ def _tiles(probs, index, first, live):
         _checks.check_unit_interval("probs", p, place, "for logits call cross_entropy; nothing is clipped here")
         totals += p.sum(axis=1)
         yield classes, p
-    _checks.check_sum_to_one(totals, math.sqrt(_checks.EPSILON[probs.dtype.name]), place)
+    _checks.check_sum_to_one(totals, math.sqrt(EPSILON[probs.dtype.name]), place)
 
 
 def _float64_rows(block, live):
