@@ -63,6 +63,11 @@ def as_plain_array(name, value):
         raise ValueError(f"{name} must be an array or make one: {error}") from error
 
 
+def position_of(number, shape):
+    """Return, as text, the indices of the element that has this number in C order; none for a 0-d array."""
+    return ", ".join(str(int(index)) for index in np.unravel_index(number, shape))
+
+
 def as_integer(name, expected, value):
     """Return `value` as an int; a bool is none."""
     try:
@@ -172,7 +177,6 @@ def raise_out_of_range(name, values, row_shape, n_classes, ignored):
     rows = np.flatnonzero(bad)
     first = int(rows[0])
     value = int(values[first])
-    position = ", ".join(str(int(i)) for i in np.unravel_index(first, row_shape)) if row_shape else ""
     others = "" if len(rows) == 1 else f" ({len(rows)} rows have a class id out of range; this is the first)"
     bad_values = values[bad]
     hint = ""
@@ -180,7 +184,7 @@ def raise_out_of_range(name, values, row_shape, n_classes, ignored):
         hint = "; labels seem to start at 1: pass targets - 1"
     elif value in (-1, 255):
         hint = f"; to leave such rows out pass ignore_index={value}"
-    where = f"{name}[{position}]" if row_shape else name
+    where = f"{name}[{position_of(first, row_shape)}]" if row_shape else name
     raise IndexError(
         f"{where} = {value} is out of range for {n_classes} classes (expected 0..{n_classes - 1}){others}{hint}"
     )
@@ -353,9 +357,8 @@ def as_numbers(name, value, shape, what, *, negative):
     accepted = np.isfinite(numbers) if negative else np.isfinite(numbers) & (numbers >= 0)
     if not accepted.all():
         first = int(np.argmin(accepted))
-        position = ", ".join(str(int(i)) for i in np.unravel_index(first, shape)) if shape else ""
         expected = "finite" if negative else "finite and >= 0"
-        raise ValueError(f"{name} must be {expected}, got {name}[{position}] = {numbers[first]}")
+        raise ValueError(f"{name} must be {expected}, got {name}[{position_of(first, shape)}] = {numbers[first]}")
     return numbers
 
 
@@ -397,10 +400,9 @@ def check_classes_left(mask, live):
     left = np.broadcast_to(distinct.any(axis=-1), mask.shape[:-1])
     bad = ~left if live is None else live & ~left
     if bad.any():
-        first = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        position = ", ".join(str(int(i)) for i in first)
+        row = position_of(np.argmax(bad), bad.shape)
         raise ValueError(
-            f"class_mask hides every class of row [{position}]; leave it out with ignore_index or sample_weight 0"
+            f"class_mask hides every class of row [{row}]; leave it out with ignore_index or sample_weight 0"
         )
 
 
@@ -428,9 +430,9 @@ def check_distribution(array, axis, live, num_threads):
     if live is not None:
         bad &= np.expand_dims(live, axis)
     if bad.any():
-        first = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        position = ", ".join(str(int(i)) for i in first)
-        raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {array[first]}")
+        first = int(np.argmax(bad))
+        position = position_of(first, bad.shape)
+        raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {array.flat[first]}")
 
 
 def check_no_ignore(ignore_index, default):
@@ -531,8 +533,7 @@ def places(shape, first, live, word):
 
     def place(i):
         row = first + int(np.flatnonzero(live)[i])
-        position = ", ".join(str(int(index)) for index in np.unravel_index(row, shape)) if shape else ""
-        return f"{word} [{position}]" if shape else f"the only {word}"
+        return f"{word} [{position_of(row, shape)}]" if shape else f"the only {word}"
 
     return place
 
@@ -626,8 +627,7 @@ def check_entry_targets(array, sample_weight, shape, num_threads):
 
 def entry_at(name, array, shape, number):
     """Return (how to write entry `number` of `array` broadcast to `shape`, its value)."""
-    position = np.unravel_index(number, shape) if shape else ()
-    position = position[len(shape) - array.ndim :]
+    position = np.unravel_index(number, shape)[len(shape) - array.ndim :]
     index = tuple(int(i) if length > 1 else 0 for i, length in zip(position, array.shape, strict=True))
     where = f"{name}[{', '.join(map(str, index))}]" if index else name
     return where, array[index]
