@@ -23,6 +23,7 @@ SLAB_ELEMENTS = 1 << 26
 # Below this many elements one thread is as fast as two: at 32768, two threads took 1.07 (C = 10) and 0.89 (C = 1000) of
 # the time of one, at 65536 0.69 and 0.75.
 SERIAL_ELEMENTS = 32768
+# The same as in rows.pyx, which leaves calls that ask for more to the checks and so to this bound.
 MAX_THREADS = 256
 
 
@@ -269,7 +270,8 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
     if common is not None:
         constants = constants | {"mask": common[None]}
     if smoothing:
-        base = None if mask is not None else smoothing_base(smoothing, n_classes, dtype, **constants)
+        weight, common_mask = constants["weight"], constants.get("mask")
+        base = smoothing_base(smoothing, n_classes, dtype, weight, common_mask) if mask is None else None
         constants = constants | {"smoothing": smoothing, "base": base}
     walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess])
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
@@ -284,7 +286,7 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
         )
 
 
-def smoothing_base(smoothing, n_classes, dtype, *, weight, mask=None, **_):
+def smoothing_base(smoothing, n_classes, dtype, weight, mask):
     """Return the mass that smoothing gives to each class, weighted: smoothing/K for the K classes that `mask` shows."""
     if mask is None:
         share = even_share(smoothing, n_classes, dtype)
@@ -369,8 +371,8 @@ class Walk:
         for i, array in enumerate(self.arrays):
             if through[i]:
                 self.buffers[i] = np.empty((self.step, n_classes), np.uint8 if array.dtype == np.uint8 else dtype)
-            if array is not None and array.dtype == np.float16:
-                self.halves = np.empty(self.step * n_classes, np.float16)
+        if any(array is not None and array.dtype == np.float16 for array in outputs):
+            self.halves = np.empty(self.step * n_classes, np.float16)
         # Kernels may write the first output over the logits, so one buffer serves both.
         if self.buffers[0] is not None and self.buffers[self.n_inputs] is not None:
             self.buffers[self.n_inputs] = self.buffers[0]
@@ -462,7 +464,7 @@ def row_blocks(row_shape, limit):
 
 # ---- entries -------------------------------------------------------------------------------------------------------
 
-# Entries whose losses are summed by themselves (binary.pyx); buffers and slabs hold a whole number of such blocks.
+# Entries whose losses are summed by themselves, BLOCK in binary.pyx; buffers and slabs hold a whole number of them.
 SUM_BLOCK = 512
 
 
