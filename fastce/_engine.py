@@ -168,17 +168,6 @@ def threads_for(n_elements, num_threads):
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
 
-def plain_cross_entropy(
-    logits, targets, out, with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-    class_mask, mean, denominator, num_threads, grad_output,
-):
-    """Return (mean or sum, gradient or None) of a call on plain arrays, or None if the call is not plain."""
-    return kernels.plain_cross_entropy(
-        logits, targets, out, with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-        class_mask, mean, denominator, num_threads, grad_output, SERIAL_ELEMENTS, default_threads,
-    )
-
-
 def cross_entropy_rows(
     logits, ids, losses, scale, out, hess, num_threads, weight=None, sample_weight=None, mask=None, options=None
 ):

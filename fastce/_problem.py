@@ -88,12 +88,10 @@ class Problem:
         options = {"logit_scale": self.logit_scale, "smoothing": self.smoothing, "z_loss": self.z_loss}
         return {name: value for name, value in options.items() if value != (name == "logit_scale")}
 
-    def is_plain(self, hess, statistics):
+    def is_plain(self):
         """Return whether the kernels for class ids will do: with the few options that are only numbers to them."""
-        if self.ids is None or self.cap != 0.0 or statistics is not None:
+        if self.ids is None or self.cap != 0.0:
             return False
-        if hess is not None:
-            return self.mask is None and not self.plain_options()
         if self.smoothing > _engine.kernels.MOST_SMOOTHING or (self.mask is not None and self.smoothing):
             return False
         return self.weight is None or self.smoothing == self.z_loss == 0.0
@@ -102,7 +100,7 @@ class Problem:
         """Fill `losses` (N,) and what else is given: gradient and Hessian times `scale`, a float or one per row."""
         logits, out, hess = (classes_last(array, self.axis) for array in (self.logits, out, hess))
         sample_weight = self.sample_weight
-        if self.is_plain(hess, statistics):
+        if self.is_plain() and statistics is None:
             _engine.cross_entropy_rows(
                 logits, self.ids_that_count(), losses, scale, out, hess, self.num_threads, self.weight, sample_weight,
                 self.mask, self.plain_options(),

@@ -137,9 +137,10 @@ def cross_entropy(
     0.639545
     """
     if may_be_plain(axis, softcap, reduction):
-        plain = _engine.plain_cross_entropy(
-            logits, targets, None, False, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-            class_mask, reduction is MEAN, denominator, num_threads, None,
+        plain = _engine.kernels.plain_cross_entropy(
+            logits, targets, None, False, None, False, weight, sample_weight, ignore_index, label_smoothing,
+            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, None,
+            _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain[0]
@@ -233,9 +234,10 @@ def cross_entropy_with_grad(
            [ 0.333333,  0.333333, -0.666667]])
     """
     if may_be_plain(axis, softcap, reduction):
-        plain = _engine.plain_cross_entropy(
-            logits, targets, out, True, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-            class_mask, reduction is MEAN, denominator, num_threads, grad_output,
+        plain = _engine.kernels.plain_cross_entropy(
+            logits, targets, out, True, None, False, weight, sample_weight, ignore_index, label_smoothing,
+            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, grad_output,
+            _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain
@@ -322,6 +324,14 @@ def cross_entropy_with_grad_hess(
         raise ValueError(
             f"softcap must be None for a Hessian, got {softcap!r}; apply the cap to the logits before the call"
         )
+    if may_be_plain(axis, softcap, reduction):
+        plain = _engine.kernels.plain_cross_entropy(
+            logits, targets, out, True, hess_out, True, weight, sample_weight, ignore_index, label_smoothing,
+            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, grad_output,
+            _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        )
+        if plain is not None:
+            return plain
     problem = pose(
         logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, weight=weight,
         sample_weight=sample_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,

@@ -4,7 +4,7 @@ from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, larger, row_maximum, smaller
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, add_chunk, larger, smaller
 from fastce._kernels.staged cimport Options, hide
 from fastce._kernels.vexp cimport (
     bits_of_double,
@@ -67,6 +67,7 @@ cdef struct Scratch:
     double[BLOCK_ROWS] miss             # others/S = 1 - p_t
     double[BLOCK_ROWS] loss
     double[BLOCK_ROWS * SMALL_LANES] partial
+    double[BLOCK_ROWS] largest_part     # of the sums that make up others, in small rows: no term is larger
     double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
     uint8_t[BLOCK_ELEMENTS] masks                 # theirs
     double[BLOCK_ELEMENTS] limits                 # of one mask for all of them
@@ -75,6 +76,15 @@ cdef struct Scratch:
 
 cdef inline char* terms_of(Scratch* rows) noexcept nogil:
     return <char*>(rows + 1)
+
+
+# What makes a row's Hessian of its terms: with p = terms/S it is p * (curved * (1 - p) + squared * p), where curved is the
+# gradient's scale times logit_scale and squared the part of z_loss; p * (curved + bend * p) with bend = squared - curved.
+cdef struct Curve:
+    double inverse          # 1/S
+    double curved
+    double squared
+    double bend
 
 
 # A row whose gradient is written block by block while the next row's exponentials are computed: the one is bound by
@@ -86,6 +96,10 @@ cdef struct Pending:
     double factor           # scale/S
     double shift            # -scale * share
     bint stream             # past the caches
+    char* hess              # of the Hessian, or NULL
+    bint stream_hess
+    Curve curve
+    int n_leading           # classes with most of the probability that were met on the way: at most 1
 
 
 cdef inline Pending nothing_pending() noexcept nogil:
@@ -263,40 +277,75 @@ cdef inline bint is_normal_row(const floating* like, const Scratch* rows, Py_ssi
     return is_normal(like, rows.scale[r] * (1.0 + rows.steep[r]), rows.inverse[r])
 
 
-# Row r's gradient becomes pending. Streamed rows write the elements before the first 64-byte boundary at once; a factor
-# out of range leaves nothing pending.
+# Row r's gradient and Hessian become pending. Streamed rows write the elements before the first 64-byte boundary at once;
+# a factor out of range leaves nothing pending.
 cdef inline void begin_row(
-    floating* out, floating* terms, Py_ssize_t n, Scratch* rows, Py_ssize_t r, double share, bint stream,
-    Pending* pending,
+    const Batch* batch, floating* terms, Scratch* rows, Py_ssize_t row, Py_ssize_t r, Pending* pending
 ) noexcept nogil:
-    cdef Py_ssize_t head = 0
+    cdef floating* out = <floating*>(batch.out + row * batch.out_stride)
+    cdef floating* hess = <floating*>batch.hess
+    cdef double share = batch.options.share
+    cdef Py_ssize_t n = batch.n_classes, head = 0
     pending.factor = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
     pending.shift = shift_of(rows, r, share)
-    if not is_normal_row(out, rows, r, share):
+    if hess != NULL:
+        hess = <floating*>(batch.hess + row * batch.hess_stride)
+        pending.curve = curve_of(batch, rows, r)
+        pending.n_leading = 0
+        pending.stream_hess = batch.stream and <uintptr_t>hess % 64 == <uintptr_t>out % 64
+    if not is_normal_row(out, rows, r, share) or (hess != NULL and not is_normal_curve(out, &pending.curve)):
         head = n
-    elif stream:
+    elif batch.stream:
         head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
     if head:
         scale_terms(out, terms, head, rows, r, share)
+        if hess != NULL:
+            pending.n_leading += curve_terms(hess, terms, head, &pending.curve)
     pending.out = <char*>(out + head)
+    pending.hess = NULL if hess == NULL else <char*>(hess + head)
     pending.terms = <char*>(terms + head)
     pending.left = n - head
-    pending.stream = stream
+    pending.stream = batch.stream
 
 
 cdef inline void write_block(const floating* like, Pending* pending) noexcept nogil:
     cdef floating* out = <floating*>pending.out
     cdef const floating* terms = <const floating*>pending.terms
     if pending.stream:
-        if floating is float:
-            stream_float(out, terms, SUM_BLOCK, <float>pending.factor, <float>pending.shift)
-        else:
-            stream_double(out, terms, SUM_BLOCK, pending.factor, pending.shift)
+        stream(out, terms, SUM_BLOCK, <floating>pending.factor, <floating>pending.shift)
     else:
         shift_terms(out, terms, SUM_BLOCK, <floating>pending.factor, <floating>pending.shift)
+    if pending.hess != NULL:
+        curve_block(terms, SUM_BLOCK, pending)
     pending.out += SUM_BLOCK * sizeof(floating)
     pending.terms += SUM_BLOCK * sizeof(floating)
     pending.left -= SUM_BLOCK
+
+
+cdef inline void stream(
+    floating* out, const floating* terms, Py_ssize_t n, floating factor, floating shift
+) noexcept nogil:
+    if floating is float:
+        stream_float(out, terms, n, factor, shift)
+    else:
+        stream_double(out, terms, n, factor, shift)
+
+
+# The Hessian of the next n <= SUM_BLOCK pending elements; a streamed one passes through a buffer.
+cdef inline void curve_block(const floating* terms, Py_ssize_t n, Pending* pending) noexcept nogil:
+    cdef floating[SUM_BLOCK] buffer
+    cdef floating* hess = <floating*>pending.hess
+    cdef floating* place = hess
+    cdef Py_ssize_t lines = n - n % (64 // <Py_ssize_t>sizeof(floating))
+    if pending.stream_hess:
+        place = buffer
+    pending.n_leading += curve_normal_terms(
+        place, terms, n, <floating>pending.curve.inverse, <floating>pending.curve.curved, <floating>pending.curve.bend
+    )
+    if pending.stream_hess:
+        stream(hess, buffer, lines, 1, -0.0)
+        memcpy(hess + lines, buffer + lines, (n - lines) * sizeof(floating))
+    pending.hess += n * sizeof(floating)
 
 
 # What is left of the pending row; its last vector overlaps the one before it where there is room.
@@ -312,12 +361,11 @@ cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
     pending.left = 0
     out = <floating*>pending.out
     terms = <const floating*>pending.terms
+    if left > 0 and pending.hess != NULL:
+        curve_block(terms, left, pending)
     if pending.stream:
         lines = left - left % (64 // <Py_ssize_t>sizeof(floating))
-        if floating is float:
-            stream_float(out, terms, lines, factor, shift)
-        else:
-            stream_double(out, terms, lines, factor, shift)
+        stream(out, terms, lines, factor, shift)
         out += lines
         terms += lines
         left -= lines
@@ -329,6 +377,94 @@ cdef inline void end_row(const floating* like, Pending* pending) noexcept nogil:
     shift_terms(out, terms, left, factor, shift)
 
 
+# ---- the Hessian -----------------------------------------------------------------------------------------------------
+
+cdef inline Curve curve_of(const Batch* batch, const Scratch* rows, Py_ssize_t r) noexcept nogil:
+    cdef double scale = rows.scale[r] * batch.options.transform.scale
+    cdef Curve curve
+    curve.inverse = rows.inverse[r]
+    curve.curved = scale * (1.0 + rows.steep[r])
+    curve.squared = 2.0 * batch.options.z_loss * scale
+    curve.bend = curve.squared - curve.curved
+    return curve
+
+
+# Whether a row's Hessian may be taken in the dtype.
+cdef inline bint is_normal_curve(const floating* like, const Curve* curve) noexcept nogil:
+    return (
+        is_normal(like, curve.curved, 1.0)
+        and is_normal(like, curve.bend, 1.0)
+        and is_normal(like, 1.0, curve.inverse)
+    )
+
+
+# hess[j] of terms[j], but for the target and for a class that has three quarters of the probability or more, where 1 - p
+# would cancel; returns how many of the latter there are.
+cdef inline int curve_terms(
+    floating* hess, const floating* terms, Py_ssize_t n, const Curve* curve
+) noexcept nogil:
+    cdef double p
+    cdef int n_leading = 0
+    cdef Py_ssize_t j
+    if is_normal_curve(hess, curve):
+        return curve_normal_terms(
+            hess, terms, n, <floating>curve.inverse, <floating>curve.curved, <floating>curve.bend
+        )
+    for j in range(n):
+        p = terms[j] * curve.inverse
+        hess[j] = <floating>(p * (curve.curved * (1.0 - p) + curve.squared * p))
+        n_leading += 1 if p > 0.75 else 0
+    return n_leading
+
+
+cdef inline int curve_normal_terms(
+    floating* hess, const floating* terms, Py_ssize_t n, floating inverse, floating curved, floating bend
+) noexcept nogil:
+    cdef floating p, most = 0.75
+    cdef int n_leading = 0
+    cdef Py_ssize_t j
+    for j in range(n):
+        p = terms[j] * inverse
+        if floating is float:
+            hess[j] = p * multiply_add_float(p, bend, curved)
+        else:
+            hess[j] = p * multiply_add_double(p, bend, curved)
+        n_leading += 1 if p > most else 0
+    return n_leading
+
+
+# The Hessian at the target, where 1 - p is others/S.
+cdef inline double curve_at_target(const Curve* curve, const Scratch* rows, Py_ssize_t r, double miss) noexcept nogil:
+    cdef double p = rows.at_target[r] * curve.inverse
+    return p * (curve.curved * miss + curve.squared * p)
+
+
+# The Hessian at the class that leads without being the target: 1 - p is what all others have together, which their
+# gradients tell.
+cdef inline void curve_leader(
+    const Batch* batch, const Scratch* rows, Py_ssize_t row, Py_ssize_t r, const Curve* curve, const floating* like
+) noexcept nogil:
+    cdef const floating* grad = <const floating*>(batch.out + row * batch.out_stride)
+    cdef floating* hess = <floating*>(batch.hess + row * batch.hess_stride)
+    cdef double factor = 1.0 / (rows.scale[r] * (1.0 + rows.steep[r]))
+    cdef double shift = -<floating>shift_of(rows, r, batch.options.share)    # as rounded: no p is negative
+    cdef double largest = 0.0, p, miss
+    cdef double[2] rest
+    cdef Py_ssize_t j, leader = -1
+    rest[0] = rows.at_target[r] * curve.inverse
+    rest[1] = 0.0
+    for j in range(batch.n_classes):
+        p = (grad[j] + shift) * factor if j != batch.ids[row] else 0.0
+        if p > 0.5:
+            leader = j
+            largest = p
+        else:
+            add_chunk(rest, p)
+    if leader >= 0:
+        miss = rest[0] + rest[1]
+        hess[leader] = <floating>(largest * (curve.curved * miss + curve.squared * largest))
+
+
 # The gradient at the target of row r from the others, never p_t - 1: -(others/S) * scale, with smoothing and z_loss
 # (steep * p_t + smoothing - share - others/S) * scale.
 cdef inline double pull_of(const Batch* batch, const Scratch* rows, Py_ssize_t r, double miss) noexcept nogil:
@@ -338,14 +474,33 @@ cdef inline double pull_of(const Batch* batch, const Scratch* rows, Py_ssize_t r
 
 # What is left to do once row r's gradient is written: the target, and classes that do not exist.
 cdef inline void pull_target(
-    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t r, const floating* like
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t r, int n_leading, const floating* like
 ) noexcept nogil:
     cdef floating* out = <floating*>(batch.out + (first + r) * batch.out_stride)
     cdef const uint8_t* mask = mask_of(batch, first + r)
     cdef Py_ssize_t t = batch.ids[first + r]
-    out[t] = <floating>pull_of(batch, rows, r, miss_of(rows.others[r], rows.at_target[r]))
+    cdef double miss = miss_of(rows.others[r], rows.at_target[r])
+    cdef floating* hess
+    cdef Curve curve
+    out[t] = <floating>pull_of(batch, rows, r, miss)
     if mask != NULL:
         hide_classes(mask, out, batch.n_classes, rows, r, t)
+    if batch.hess != NULL:
+        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
+        curve = curve_of(batch, rows, r)
+        hess[t] = <floating>curve_at_target(&curve, rows, r, miss)
+        if n_leading:
+            curve_leader(batch, rows, first + r, r, &curve, like)
+        if mask != NULL:
+            hide_classes(mask, hess, batch.n_classes, rows, r, t)
+
+
+# An ignored row has neither.
+cdef inline void clear_row(const Batch* batch, Py_ssize_t row, const floating* like) noexcept nogil:
+    if batch.out != NULL:
+        memset(batch.out + row * batch.out_stride, 0, batch.n_classes * sizeof(floating))
+    if batch.hess != NULL:
+        memset(batch.hess + row * batch.hess_stride, 0, batch.n_classes * sizeof(floating))
 
 
 cdef inline const uint8_t* mask_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
@@ -360,63 +515,6 @@ cdef inline void hide_classes(
     out[t] = out[t] if mask[t] else 0
     if not fabs(rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]) < INFINITY:
         hide(mask, out, n)
-
-
-# The Hessian's diagonal of rows [first, first + n) from their gradients, while these are in the cache: with k the row's
-# scale the gradient is k p_c, so k p_c (1 - p_c) = g_c (1 - g_c / k), and at the target -g_t p_t. One rounding more
-# than the gradient's, relative to k p_c.
-cdef inline void curve_rows(
-    const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
-) noexcept nogil:
-    cdef Py_ssize_t r, j, t
-    cdef double scale, p
-    cdef floating single
-    cdef const floating* grad
-    cdef floating* hess
-    for r in range(n):
-        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
-        grad = <const floating*>(batch.out + (first + r) * batch.out_stride)
-        t = batch.ids[first + r]
-        scale = rows.scale[r]
-        single = <floating>scale
-        if t < 0 or scale == 0.0:
-            for j in range(batch.n_classes):
-                hess[j] = grad[j] * 0       # nan in a row that is nan
-            continue
-        if is_normal(grad, scale, 1.0):
-            for j in range(batch.n_classes):
-                hess[j] = grad[j] * (1 - grad[j] / single)
-        else:
-            for j in range(batch.n_classes):
-                p = grad[j] / scale
-                hess[j] = <floating>(grad[j] * (1.0 - p))
-        p = rows.at_target[r] / (rows.others[r] + rows.at_target[r])
-        hess[t] = <floating>(miss_of(rows.others[r], rows.at_target[r]) * p * scale)
-        if rows.others[r] > rows.at_target[r]:
-            curve_leader(grad, hess, batch.n_classes, t, scale, p)
-
-
-# The Hessian at a class other than the target with more than half of the probability, where 1 - g/k would cancel: 1 - p
-# is what all others have together.
-cdef inline void curve_leader(
-    const floating* grad, floating* hess, Py_ssize_t n, Py_ssize_t t, double scale, double at_target
-) noexcept nogil:
-    cdef floating largest = row_maximum(grad, n)
-    cdef double rest = at_target
-    cdef Py_ssize_t j, leader = -1
-    if scale < 0.0:
-        largest = 0
-        for j in range(n):
-            largest = grad[j] if grad[j] < largest else largest
-    if not largest / scale > 0.5:
-        return
-    for j in range(n):
-        if leader < 0 and grad[j] == largest:
-            leader = j
-        elif j != t:
-            rest += grad[j] / scale
-    if leader >= 0:
-        hess[leader] = <floating>(largest * rest)
 
 
 # Whether scale * inverse is nan or a normal number of the dtype, with room to spare, or 0 because `scale` is.

@@ -2,14 +2,17 @@
 
 from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t
-from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport (
     Batch,
+    Curve,
     Pending,
     Scratch,
     add_options,
     begin_row,
+    clear_row,
+    curve_of,
+    curve_terms,
     end_row,
     finish_rows,
     load_scales,
@@ -68,7 +71,6 @@ cdef inline void take_rows(
     cdef const Options* options = &batch.options
     cdef const uint8_t* mask
     cdef const floating* x
-    cdef floating* out
     cdef int64_t t
     cdef Py_ssize_t r, row_before = -1
     cdef bint wide = False
@@ -79,8 +81,7 @@ cdef inline void take_rows(
         t = batch.ids[first + r]
         if t < 0:
             put_row(rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
-            if batch.out != NULL:
-                memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
+            clear_row(batch, first + r, like)
             continue
         x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
         mask = mask_of(batch, first + r)
@@ -90,21 +91,20 @@ cdef inline void take_rows(
             continue
         end_row(x, &pending)
         if row_before >= 0:
-            pull_target(batch, rows, first, row_before, like)
+            pull_target(batch, rows, first, row_before, pending.n_leading, like)
         rows.inverse[r] = 1.0 / (rows.others[r] + rows.at_target[r])
-        out = <floating*>(batch.out + (first + r) * batch.out_stride)
         if keep:
-            begin_row(out, terms, n_classes, rows, r, options.share, batch.stream, &pending)
+            begin_row(batch, terms, rows, first + r, r, &pending)
             if other == 0:
                 end_row(x, &pending)
             terms += other
             other = -other
         else:
-            repeat_row(options, x, mask, out, terms, n_classes, rows, r, &window)
+            pending.n_leading = repeat_row(batch, x, mask, terms, rows, first + r, r, &window)
         row_before = r
     end_row(like, &pending)
     if row_before >= 0:
-        pull_target(batch, rows, first, row_before, like)
+        pull_target(batch, rows, first, row_before, pending.n_leading, like)
     finish_rows(rows, n)
     add_options(batch, rows, n)
     put_losses(batch, rows, first, n)
@@ -212,17 +212,33 @@ cdef inline double sum_chunk(
     return total_of(&sums)
 
 
-# The gradient of a row that was too long to keep: its exponentials once more, chunk by chunk.
-cdef inline void repeat_row(
-    const Options* options, const floating* x, const uint8_t* mask, floating* out, floating* terms, Py_ssize_t n,
-    Scratch* rows, Py_ssize_t r, const ExpWindow* window,
+# The gradient and Hessian of a row that was too long to keep: its exponentials once more, chunk by chunk. Returns how many
+# classes lead.
+cdef inline int repeat_row(
+    const Batch* batch, const floating* x, const uint8_t* mask, floating* terms, Scratch* rows, Py_ssize_t row,
+    Py_ssize_t r, const ExpWindow* window,
 ) noexcept nogil:
+    cdef int n_leading = 0
     cdef Py_ssize_t i, start, size
-    for i in range(chunks_of(n)):
+    for i in range(chunks_of(batch.n_classes)):
         start = i * CHUNK
-        size = smaller(n - start, CHUNK)
-        repeat_terms(options, x, mask, start, size, terms, window)
-        scale_terms(out + start, terms, size, rows, r, options.share)
+        size = smaller(batch.n_classes - start, CHUNK)
+        repeat_terms(&batch.options, x, mask, start, size, terms, window)
+        n_leading += write_chunk(batch, terms, start, size, rows, row, r)
+    return n_leading
+
+
+cdef inline int write_chunk(
+    const Batch* batch, const floating* terms, Py_ssize_t start, Py_ssize_t size, const Scratch* rows, Py_ssize_t row,
+    Py_ssize_t r,
+) noexcept nogil:
+    cdef floating* out = <floating*>(batch.out + row * batch.out_stride) + start
+    cdef Curve curve
+    scale_terms(out, terms, size, rows, r, batch.options.share)
+    if batch.hess == NULL:
+        return 0
+    curve = curve_of(batch, rows, r)
+    return curve_terms(<floating*>(batch.hess + row * batch.hess_stride) + start, terms, size, &curve)
 
 
 # The terms of n classes from `start` on once more; transformed logits take their place first.

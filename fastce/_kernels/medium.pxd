@@ -2,7 +2,6 @@
 
 from libc.math cimport fabs
 from libc.stdint cimport int64_t, uint8_t
-from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
@@ -11,6 +10,7 @@ from fastce._kernels.block cimport (
     Scratch,
     add_options,
     begin_row,
+    clear_row,
     end_row,
     finish_rows,
     load_scales,
@@ -70,8 +70,7 @@ cdef inline void take_medium_rows(
             n_live += 1
         else:
             put_row(rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
-            if batch.out != NULL:
-                memset(batch.out + (first + r) * batch.out_stride, 0, n_classes * sizeof(floating))
+            clear_row(batch, first + r, like)
     for i in range(n_live + 1):
         row_terms = terms + i % 3 * width
         summed = terms + (i + 2) % 3 * width if i > 0 else NULL
@@ -94,7 +93,7 @@ cdef inline void take_medium_rows(
         if batch.out != NULL:
             end_row(like, &pending)
             if i > 1:
-                pull_target(batch, rows, first, live[i - 2], like)
+                pull_target(batch, rows, first, live[i - 2], pending.n_leading, like)
         if i > 0:
             before = live[i - 1]
             rows.others[before] = others
@@ -107,10 +106,7 @@ cdef inline void take_medium_rows(
             steepen(batch, rows, before)
             if batch.out != NULL:
                 rows.inverse[before] = 1.0 / (rows.others[before] + rows.at_target[before])
-                begin_row(
-                    <floating*>(batch.out + (first + before) * batch.out_stride), summed, n_classes, rows, before,
-                    options.share, batch.stream, &pending,
-                )
+                begin_row(batch, summed, rows, first + before, before, &pending)
         if i < n_live:
             x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
             put_row(rows, r, 0.0, row_terms[t], z_target, window.shift, 0.0)
@@ -118,7 +114,7 @@ cdef inline void take_medium_rows(
             row_terms[t] = 0
     if batch.out != NULL and n_live > 0:
         end_row(like, &pending)
-        pull_target(batch, rows, first, live[n_live - 1], like)
+        pull_target(batch, rows, first, live[n_live - 1], pending.n_leading, like)
     finish_rows(rows, n)
     add_options(batch, rows, n)
     put_losses(batch, rows, first, n)

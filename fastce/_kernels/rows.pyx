@@ -33,7 +33,6 @@ from fastce._kernels.block cimport (
     Batch,
     Scratch,
     add_options,
-    curve_rows,
     finish_rows,
     has_weights,
     load_scales,
@@ -52,6 +51,7 @@ from fastce._kernels.split cimport (
     Split,
     begin_split,
     join_split,
+    leading_of,
     split_bytes,
     sum_split,
     write_split,
@@ -79,7 +79,6 @@ cdef enum:
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
     # large.pxd 0.32, at 4064 0.28 and 0.29 (float32, 1 thread).
     MEDIUM_CLASSES = 4096
-    HESSIAN_ELEMENTS = 32768    # of a block whose gradients are to be in the cache when the Hessian is made of them
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
@@ -109,8 +108,6 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
     plan.block_rows = BLOCK_ROWS
     if n_classes <= SMALL_CLASSES:
         plan.block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
-    if batch.hess != NULL:
-        plan.block_rows = smaller(plan.block_rows, larger(1, HESSIAN_ELEMENTS // n_classes))
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
     if plan.task_rows > plan.block_rows:
         plan.task_rows -= plan.task_rows % plan.block_rows
@@ -167,7 +164,6 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     if n_rows == 0:
         return
     batch.stream = n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
-    batch.stream = batch.stream and batch.hess == NULL
     plan = plan_batch(batch, num_threads, like)
     place_limits(batch, <floating*>plan.memory)
     plan.memory += limits_bytes(batch, like)
@@ -215,8 +211,6 @@ cdef void take_task(
             take_medium_rows(batch, rows, first + start, size, like)
         else:
             take_rows(batch, rows, first + start, size, like)
-        if batch.hess != NULL:
-            curve_rows(batch, rows, first + start, size, like)
     if batch.stream:
         stream_fence()
 
@@ -283,14 +277,10 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
             write_split(batch, &split, <Scratch*>(plan.memory + threadid() * plan.thread_bytes), rows, task, like)
         for r in range(batch.n_rows):
             if not split.rows[r].whole:
-                pull_target(batch, rows, 0, r, like)
-        if batch.hess != NULL:
-            curve_rows(batch, rows, 0, batch.n_rows, like)
+                pull_target(batch, rows, 0, r, leading_of(&split, r), like)
     for r in range(batch.n_rows):
         if split.rows[r].whole:
             take_rows(batch, rows, r, 1, like)
-            if batch.hess != NULL:
-                curve_rows(batch, rows, r, 1, like)
     stream_fence()
 
 
@@ -327,9 +317,9 @@ def cross_entropy_rows(
     `logits` (N, C) has contiguous rows; `ids` (N,) int64 are in range or negative (ignored); `scales` (N,) float64
     multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes, `sample_weight` (N,)
     float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
-    derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says. `logit_scale` goes with
-    anything but `hess`, `smoothing` (at most 1/2) and `z_loss` with neither of `hess` and `weight`, and `mask` (N, C) or
-    `common_mask` (C,), bytes of 0 and 1, with neither of `hess` and `smoothing`.
+    derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says. `smoothing` (at most
+    1/2) and `z_loss` do not go with `weight`, nor `mask` (N, C) or `common_mask` (C,), bytes of 0 and 1, with
+    `smoothing`.
     """
     cdef Batch batch = empty_batch()
     fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
@@ -422,10 +412,14 @@ cdef void fill_batch(
 # plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and nothing has
 # been written.
 def plain_cross_entropy(
-    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-    class_mask, bint mean, denominator, num_threads, grad_output, Py_ssize_t serial_elements, choose_threads,
+    logits, targets, out, bint with_grad, hess, bint with_hess, weight, sample_weight, ignore_index, label_smoothing,
+    logit_scale, z_loss, class_mask, bint mean, denominator, num_threads, grad_output, Py_ssize_t serial_elements,
+    choose_threads,
 ):
-    """Return (mean or sum of the losses, gradient or None) of a plain call, or None if it is not one."""
+    """Return (mean or sum of the losses, gradient or None) and, `with_hess`, the Hessian, or None if it is not plain.
+
+    `serial_elements` is the size from which on `choose_threads` is called, unless `num_threads` are given.
+    """
     cdef Batch batch = empty_batch()
     cdef Py_ssize_t n_rows, n_classes, n_live, n_bytes
     cdef int64_t ignored
@@ -448,10 +442,12 @@ def plain_cross_entropy(
         or n_rows * n_classes > PLAIN_ELEMENTS
         or overflow
         or (out is not None and not is_plain_gradient(out, logits))
-        or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out))
-        or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out))
+        or (hess is not None and not (is_plain_gradient(hess, logits) and are_apart(hess, logits)))
+        or (hess is not None and out is not None and not are_apart(hess, out))
+        or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out, hess))
+        or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out, hess))
         or not are_plain_numbers(label_smoothing, logit_scale, z_loss)
-        or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out))
+        or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out, hess))
         or (weight is not None and (<double>label_smoothing != 0.0 or <double>z_loss != 0.0))
         or (class_mask is not None and <double>label_smoothing != 0.0)
         or (grad_output is not None and type(grad_output) is not float)
@@ -494,13 +490,18 @@ def plain_cross_entropy(
             batch.scale = batch.scale / divisor
         if with_grad and out is None:
             out = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+        if with_hess and hess is None:
+            hess = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
-        batch.out_stride = batch.logits_stride
+        batch.hess = <char*>cnp.PyArray_DATA(hess) if with_hess else NULL
+        batch.out_stride = batch.hess_stride = batch.logits_stride
         take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
         total = pairwise_sum(batch.losses, n_rows)
-        return total / divisor if mean else total, out
+        if mean:
+            total /= divisor
+        return (total, out, hess) if with_hess else (total, out)
     finally:
         free(memory)
 
@@ -516,8 +517,8 @@ cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcep
     )
 
 
-# Whether `mask` is a plain bool array of n classes, apart from `out`, that shows any of them.
-cdef bint is_plain_mask(mask, Py_ssize_t n, out) noexcept:
+# Whether `mask` is a plain bool array of n classes, apart from `out` and `hess`, that shows any of them.
+cdef bint is_plain_mask(mask, Py_ssize_t n, out, hess) noexcept:
     cdef const uint8_t* shown
     cdef Py_ssize_t i, n_shown = 0
     if not is_plain(mask, 1) or cnp.PyArray_TYPE(mask) != cnp.NPY_BOOL or cnp.PyArray_DIM(mask, 0) != n:
@@ -525,7 +526,7 @@ cdef bint is_plain_mask(mask, Py_ssize_t n, out) noexcept:
     shown = <const uint8_t*>cnp.PyArray_DATA(mask)
     for i in range(n):
         n_shown += shown[i] != 0
-    return n_shown > 0 and (out is None or are_apart(out, mask))
+    return n_shown > 0 and (out is None or are_apart(out, mask)) and (hess is None or are_apart(hess, mask))
 
 
 # Rows of sample weight 0 are skipped like ignored ones.
@@ -535,8 +536,8 @@ cdef void skip_weightless(Batch* batch) noexcept nogil:
         batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
 
 
-# Whether `weight` is a plain float64 or float32 array of n finite numbers >= least, apart from `out`.
-cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out) noexcept:
+# Whether `weight` is a plain float64 or float32 array of n finite numbers >= least, apart from `out` and `hess`.
+cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out, hess) noexcept:
     cdef bint is_fit
     if not is_plain(weight, 1) or cnp.PyArray_DIM(weight, 0) != n:
         return False
@@ -546,7 +547,7 @@ cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out) noexcept:
         is_fit = are_weights(<float*>cnp.PyArray_DATA(weight), n, least)
     else:
         return False
-    return is_fit and (out is None or are_apart(out, weight))
+    return is_fit and (out is None or are_apart(out, weight)) and (hess is None or are_apart(hess, weight))
 
 
 cdef inline bint are_weights(const floating* numbers, Py_ssize_t n, double least) noexcept nogil:

@@ -9,9 +9,15 @@ from fastce._kernels.block cimport (
     BLOCK_ROWS,
     SMALL_LANES,
     Batch,
+    Curve,
     Pending,
     Scratch,
     add_options,
+    curve_at_target,
+    curve_leader,
+    curve_of,
+    curve_normal_terms,
+    curve_terms,
     finish_rows,
     hide_classes,
     largest_factor,
@@ -70,6 +76,7 @@ cdef inline void take_small_rows(
             total = rows.others[r] + rows.at_target[r]
             if not small_sum_low(like) <= total < sum_limit(like):
                 take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
+                rows.largest_part[r] = rows.others[r]
     load_scales(batch, rows, first, n)
     if n_ignored:
         for r in range(n):
@@ -88,6 +95,8 @@ cdef inline void take_small_rows(
     put_losses(batch, rows, first, n)
     if batch.out != NULL:
         write_small_rows(batch, rows, first, n, terms)
+    if batch.hess != NULL:
+        curve_small_rows(batch, rows, first, n, terms)
 
 
 # The logits of a block, row after row: where they lie, or copied and transformed.
@@ -174,6 +183,7 @@ cdef inline Py_ssize_t sum_small_rows(
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
+        rows.largest_part[r] = larger_of(larger_of(p[i], p[i + 1]), larger_of(p[i + 2], p[i + 3]))
     return n_ignored
 
 
@@ -267,6 +277,69 @@ cdef inline void write_small_rows(
             row = <floating*>(<char*>out + r * out_stride)
             if ids[r] >= 0:
                 hide_classes(mask_of(batch, first + r), row, n_classes, rows, r, ids[r])
+
+
+# Their Hessians, in the same way.
+cdef inline void curve_small_rows(
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* terms
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
+    cdef int64_t* ids = batch.ids + first
+    cdef floating[LANES] vector
+    cdef floating* at_target = <floating*>rows.partial
+    cdef floating* inverse = at_target + BLOCK_ROWS
+    cdef floating* curved = inverse + BLOCK_ROWS
+    cdef floating* bend = curved + BLOCK_ROWS
+    cdef floating* hess
+    cdef double magnitude
+    cdef Py_ssize_t r, j, t, n_special = 0
+    cdef Curve curve
+    for r in range(n):
+        curve = curve_of(batch, rows, r)
+        at_target[r] = <floating>curve_at_target(&curve, rows, r, rows.miss[r])
+        inverse[r] = <floating>curve.inverse
+        curved[r] = <floating>curve.curved
+        bend[r] = <floating>curve.bend
+        magnitude = 1.0 if curve.curved == 0.0 else fabs(curve.curved)
+        n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
+        magnitude = 1.0 if curve.bend == 0.0 else fabs(curve.bend)
+        n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
+    if n_special or batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
+        n_over = 0
+    for r in range(n):
+        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
+        t = ids[r]
+        if r < n_over:
+            for j in range(n_vectors):
+                curve_normal_terms(vector, terms + j * LANES, LANES, inverse[r], curved[r], bend[r])
+                memcpy(hess + j * LANES, vector, sizeof(vector))
+        else:
+            curve = curve_of(batch, rows, r)
+            curve_terms(hess, terms, n_classes, &curve)
+        if t < 0:
+            memset(hess, 0, n_classes * sizeof(floating))
+        else:
+            hess[t] = at_target[r]
+            if rows.largest_part[r] * rows.inverse[r] > 0.75 and has_leader(terms, n_classes, inverse[r]):
+                curve = curve_of(batch, rows, r)
+                curve_leader(batch, rows, first + r, r, &curve, hess)
+            if batch.options.transform.mask != NULL:
+                hide_classes(mask_of(batch, first + r), hess, n_classes, rows, r, t)
+        terms += n_classes
+
+
+cdef inline bint has_leader(const floating* terms, Py_ssize_t n, floating inverse) noexcept nogil:
+    cdef floating most = 0.75
+    cdef Py_ssize_t j
+    for j in range(n):
+        if terms[j] * inverse > most:
+            return True
+    return False
+
+
+cdef inline double larger_of(double a, double b) noexcept nogil:
+    return a if a > b else b
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:

@@ -3,7 +3,7 @@
 from libc.math cimport fabs
 from libc.stdint cimport int64_t
 
-from fastce._kernels.block cimport Batch, Pending, Scratch, mask_of, nothing_pending, put_row, scale_terms, terms_of
+from fastce._kernels.block cimport Batch, Pending, Scratch, mask_of, nothing_pending, put_row, terms_of
 from fastce._kernels.lanes cimport (
     CHUNK,
     LANES,
@@ -14,7 +14,7 @@ from fastce._kernels.lanes cimport (
     sum_limit,
     sum_of_chunks,
 )
-from fastce._kernels.large cimport KEEP_BYTES, put_below, repeat_terms, sum_chunk
+from fastce._kernels.large cimport KEEP_BYTES, put_below, repeat_terms, sum_chunk, write_chunk
 from fastce._kernels.staged cimport staged_logit
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
 
@@ -36,12 +36,13 @@ cdef struct Split:
     SplitRow* rows
     double* sums            # of the chunks, row by row
     double* below           # with smoothing, of their z_t - z
+    int* leading            # how many of their classes lead
     char* terms             # of the chunks, each behind a vector of slack; NULL: to be computed twice
     Py_ssize_t n_chunks     # of a row
 
 
 cdef inline Py_ssize_t split_bytes(const Batch* batch, Py_ssize_t n_rows) noexcept nogil:
-    return n_rows * (sizeof(SplitRow) + 2 * chunks_of(batch.n_classes) * sizeof(double)) + 64
+    return n_rows * (sizeof(SplitRow) + 3 * chunks_of(batch.n_classes) * sizeof(double)) + 64
 
 
 cdef inline Py_ssize_t split_terms_bytes(const Batch* batch, int num_threads, const floating* like) noexcept nogil:
@@ -62,6 +63,7 @@ cdef inline void begin_split(
     split.rows = <SplitRow*>(memory + n_bytes)
     split.sums = <double*>(split.rows + batch.n_rows)
     split.below = split.sums + batch.n_rows * split.n_chunks
+    split.leading = <int*>(split.below + batch.n_rows * split.n_chunks)
     for r in range(batch.n_rows):
         row = split.rows + r
         t = batch.ids[r]
@@ -112,7 +114,6 @@ cdef inline void write_split(
 ) noexcept nogil:
     cdef Py_ssize_t r = task // split.n_chunks, start = task % split.n_chunks * CHUNK
     cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
-    cdef floating* out = <floating*>(batch.out + r * batch.out_stride)
     cdef floating* terms = split_terms(split, own, task, like)
     cdef Py_ssize_t size = smaller(batch.n_classes - start, CHUNK)
     if not split.rows[r].whole:
@@ -120,7 +121,15 @@ cdef inline void write_split(
             repeat_terms(
                 &batch.options, x, mask_of(batch, r), start, size, terms, &split.rows[r].window
             )
-        scale_terms(out + start, terms, size, rows, r, batch.options.share)
+        split.leading[task] = write_chunk(batch, terms, start, size, rows, r, r)
+
+
+cdef inline int leading_of(const Split* split, Py_ssize_t r) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int n_leading = 0
+    for i in range(split.n_chunks):
+        n_leading += split.leading[r * split.n_chunks + i]
+    return n_leading
 
 
 # The exponentials of a chunk: kept for the second round, or in the thread's own scratch.

@@ -161,6 +161,8 @@ cdef inline void stage_block(
 cdef inline floating staged_logit(
     const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t i
 ) noexcept nogil:
+    if options.none:
+        return x[i]
     if mask != NULL and not mask[i]:
         return -INFINITY
     return scaled(&options.transform, x[i])
@@ -184,30 +186,37 @@ cdef inline double staged_maximum(
 
 # The terms of a row's classes from `start` on, a block of them or as many as there are, filled up with zeros; with
 # smoothing z_t - z is added to `below`. A row without options must have LANES elements, and `terms` LANES of slack in
-# front.
+# front; its loop is one that gcc finds worth inlining.
 cdef inline void exp_block(
     const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t start, Py_ssize_t n, floating* terms,
     floating offset, floating low, floating high, floating magic, floating z_target, Sum* below,
 ) noexcept nogil:
-    cdef floating[SUM_BLOCK] staged
     cdef const floating* z = x + start
+    cdef Py_ssize_t lane
+    if not options.none:
+        exp_staged_block(options, x, mask, start, n, terms, offset, low, high, magic, z_target, below)
+    elif n - start >= SUM_BLOCK:
+        for lane in range(SUM_BLOCK):
+            terms[lane] = exp_shifted(z[lane], offset, low, high, magic)
+    else:
+        exp_last_block(z, terms, n - start, offset, low, high, magic)
+
+
+cdef inline void exp_staged_block(
+    const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t start, Py_ssize_t n, floating* terms,
+    floating offset, floating low, floating high, floating magic, floating z_target, Sum* below,
+) noexcept nogil:
+    cdef floating[SUM_BLOCK] staged
     cdef floating scale = <floating>options.transform.scale
+    cdef const floating* z = x + start
     cdef Py_ssize_t lane, rest = n - start
-    if options.none:
-        if rest >= SUM_BLOCK:
-            for lane in range(SUM_BLOCK):
-                terms[lane] = exp_shifted(z[lane], offset, low, high, magic)
-        else:
-            exp_last_block(z, terms, rest, offset, low, high, magic)
-        return
     if options.is_scaled and rest >= SUM_BLOCK:
         for lane in range(SUM_BLOCK):
             terms[lane] = exp_shifted(z[lane] * scale, offset, low, high, magic)
         return
-    if rest < SUM_BLOCK:
+    if options.is_staged or rest < SUM_BLOCK:
         for lane in range(rest, SUM_BLOCK):
             staged[lane] = -INFINITY
-    if options.is_staged or rest < SUM_BLOCK:
         stage_block(options, x, mask, start, smaller(rest, SUM_BLOCK), staged)
         z = staged
     for lane in range(SUM_BLOCK):
