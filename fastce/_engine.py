@@ -312,8 +312,23 @@ def parts_of(array, limit=BUFFER_ELEMENTS):
         yield from parts_of(part, limit)
 
 
-def activation_rows(logits, out, lse, logarithm, num_threads):
-    """Fill, unless they are None, `out` with softmax or log_softmax and `lse` (flat float64) with logsumexp."""
+def softmax_rows(logits, out, num_threads):
+    """Fill `out` with softmax; both have any layout, class axis last."""
+    n_rows, n_classes = logits.size // logits.shape[-1], logits.shape[-1]
+    if n_rows == 0:
+        return
+    num_threads = threads_for(logits.size, num_threads)
+    dtype = computing_dtype(logits.dtype)
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    memory = np.empty(kernels.memory_needed(walk.step, n_classes, dtype == np.float32, True, num_threads), "u1")
+    step = min(n_rows, walk.step)
+    ids, losses = np.zeros(step, np.int64), np.empty(step)
+    for _, (rows,), (values,) in walk:
+        kernels.softmax_rows(rows, ids[: len(rows)], losses, values, memory, num_threads)
+
+
+def log_softmax_rows(logits, out, lse, num_threads):
+    """Fill, unless they are None, `out` with log_softmax and `lse` (flat float64) with logsumexp."""
     n_rows, n_classes = logits.size // logits.shape[-1], logits.shape[-1]
     if n_rows == 0:
         return
@@ -322,7 +337,7 @@ def activation_rows(logits, out, lse, logarithm, num_threads):
     walk = Walk(n_rows, n_classes, dtype, [logits], [out])
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows,), (values,) in walk:
-        soft.activation_rows(rows, values, part_of(lse, part), logarithm, memory, num_threads)
+        soft.log_softmax_rows(rows, values, part_of(lse, part), memory, num_threads)
 
 
 def computing_dtype(dtype):

@@ -124,7 +124,7 @@ def logsumexp(logits, axis=AXIS, *, keepdims=False, num_threads=None):
     shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape) if keepdims or i != axis)
     result = np.empty(shape, _engine.computing_dtype(logits.dtype))
     lse = np.empty(result.size)
-    _engine.activation_rows(classes_last(logits, axis), None, lse, False, num_threads)
+    _engine.log_softmax_rows(classes_last(logits, axis), None, lse, num_threads)
     with np.errstate(over="ignore", under="ignore"):
         np.copyto(result, lse.reshape(shape), casting="same_kind")
     return result
@@ -137,5 +137,9 @@ def _activation(logits, axis, out, num_threads, *, logarithm):
     if out is not None:
         _checks.check_out(out, logits, [("logits", logits)])
     result = np.empty(logits.shape, logits.dtype.newbyteorder("=")) if out is None else out
-    _engine.activation_rows(classes_last(logits, axis), classes_last(result, axis), None, logarithm, num_threads)
+    rows, values = classes_last(logits, axis), classes_last(result, axis)
+    if logarithm:
+        _engine.log_softmax_rows(rows, values, None, num_threads)
+    else:
+        _engine.softmax_rows(rows, values, num_threads)
     return result

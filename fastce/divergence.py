@@ -168,7 +168,10 @@ def _activated(logits, num_threads, *, logarithm):
     """Return the softmax of a block, or its logarithm, in float64."""
     logits = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        _engine.activation_rows(logits, logits, None, logarithm, num_threads)
+        if logarithm:
+            _engine.log_softmax_rows(logits, logits, None, num_threads)
+        else:
+            _engine.softmax_rows(logits, logits, num_threads)
     return logits
 
 

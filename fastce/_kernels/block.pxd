@@ -47,6 +47,7 @@ cdef struct Batch:
     Py_ssize_t n_classes
     char* memory            # working memory, as much as memory_for says
     bint with_grad
+    bint is_softmax         # `out` gets probabilities; class `ids[r]` is then only what sets row r's scale
     bint stream             # the gradient is too large for the caches and not written over the logits
 
 
@@ -469,6 +470,8 @@ cdef inline void curve_leader(
 # (steep * p_t + smoothing - share - others/S) * scale.
 cdef inline double pull_of(const Batch* batch, const Scratch* rows, Py_ssize_t r, double miss) noexcept nogil:
     cdef double kept = batch.options.smoothing - batch.options.share
+    if batch.is_softmax:
+        return rows.at_target[r] * rows.inverse[r]
     return 0.0 - ((miss - kept) - rows.steep[r] * (rows.at_target[r] * rows.inverse[r])) * rows.scale[r]
 
 

@@ -10,8 +10,7 @@ from fastce._kernels.vexp cimport ExpWindow, floating
 cdef enum:
     # What is written for a row.
     GRADIENT = 0
-    SOFTMAX = 1
-    LOG_SOFTMAX = 2
+    LOG_SOFTMAX = 1
 
 
 # One call's batch. Rows of logits, distribution, out and hess lie contiguous; a NULL means that there is none.
@@ -31,7 +30,6 @@ cdef struct Batch:
     double certain          # 1 - label_smoothing, the part of the target that stays where it is
     double smoothing        # label_smoothing, the part that is spread over the classes
     char* base              # (C,) smoothing/K * weight for all rows; NULL without smoothing or where K is the row's
-    double base_mass
     double z_loss
     double scale            # of all gradients
     double* scales          # of each row's gradient

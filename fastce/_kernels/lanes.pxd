@@ -5,10 +5,16 @@ from libc.string cimport memcpy
 
 from fastce._kernels.vexp cimport ExpWindow, exp_shifted, floating
 
+cdef extern from "target.h" nogil:
+    void prefetch "fastce_prefetch" (const void* address)
+
 cdef enum:
     LANES = 16              # of the sums: one 512-bit vector of float32
     SUM_BLOCK = 128         # elements that meet in the dtype before they are added in float64
     CHUNK = 4096            # elements of a long row that are summed by themselves; half an L1 cache
+    # How far ahead logits are asked for: the processor's own prefetch stops at each page of 4 KB. (2048, 32000) took
+    # 0.32 ns a logit without, 0.20 with 2 KB, 0.22 with 1, 4 or 8 KB (2 threads).
+    PREFETCH_BYTES = 2048
 
 
 cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -97,6 +103,22 @@ cdef inline void add_block_below(const floating* z, floating top, Sum* sums) noe
         ), z)
 
 
+# The same of a * (top - z), where a = 0 beats an infinite difference.
+cdef inline void add_block_products(const floating* a, const floating* z, floating top, Sum* sums) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(LANES):
+        add_lane(sums, i, <double>(
+            ((product(a[i], top, z[i]) + product(a[i + 16], top, z[i + 16]))
+             + (product(a[i + 32], top, z[i + 32]) + product(a[i + 48], top, z[i + 48])))
+            + ((product(a[i + 64], top, z[i + 64]) + product(a[i + 80], top, z[i + 80]))
+               + (product(a[i + 96], top, z[i + 96]) + product(a[i + 112], top, z[i + 112])))
+        ), z)
+
+
+cdef inline floating product(floating a, floating top, floating z) noexcept nogil:
+    return a * (top - z) if a != 0 else 0
+
+
 cdef inline void add_lane(Sum* sums, Py_ssize_t lane, double block, const floating* like) noexcept nogil:
     cdef double before, after, part
     if floating is float:
@@ -137,21 +159,49 @@ cdef inline double sum_of_chunks(const double* chunks, Py_ssize_t n) noexcept no
     return total[0] + total[1]
 
 
+# The largest of a row; nan counts for nothing.
 cdef inline double row_maximum(const floating* x, Py_ssize_t n) noexcept nogil:
-    cdef floating[64] largest
-    cdef floating maximum
-    cdef Py_ssize_t i, lane
-    for lane in range(64):
+    cdef floating[4 * LANES] largest
+    cdef Py_ssize_t _, i, lane
+    for lane in range(4 * LANES):
         largest[lane] = -INFINITY
-    for i in range(n // 64):
-        for lane in range(64):
-            largest[lane] = x[i * 64 + lane] if x[i * 64 + lane] > largest[lane] else largest[lane]
-    for i in range(n - n % 64, n):
-        largest[0] = x[i] if x[i] > largest[0] else largest[0]
-    maximum = largest[0]
-    for lane in range(1, 64):
-        maximum = largest[lane] if largest[lane] > maximum else maximum
-    return maximum
+    for _ in range(n // (4 * LANES)):
+        for lane in range(4 * LANES * <Py_ssize_t>sizeof(floating) // 64):
+            prefetch(<char*>x + PREFETCH_BYTES + lane * 64)
+        for lane in range(4 * LANES):
+            largest[lane] = x[lane] if x[lane] > largest[lane] else largest[lane]
+        x += 4 * LANES
+    for i in range(n % (4 * LANES)):
+        largest[i] = x[i] if x[i] > largest[i] else largest[i]
+    for lane in range(2 * LANES):
+        largest[lane] = largest[lane] if largest[lane] > largest[lane + 2 * LANES] else largest[lane + 2 * LANES]
+    for lane in range(LANES):
+        largest[lane] = largest[lane] if largest[lane] > largest[lane + LANES] else largest[lane + LANES]
+    for lane in range(8):
+        largest[lane] = largest[lane] if largest[lane] > largest[lane + 8] else largest[lane + 8]
+    for lane in range(4):
+        largest[lane] = largest[lane] if largest[lane] > largest[lane + 4] else largest[lane + 4]
+    for lane in range(1, 4):
+        largest[0] = largest[0] if largest[0] > largest[lane] else largest[lane]
+    return largest[0]
+
+
+# Where the row is `value` first, 0 if it never is.
+cdef inline Py_ssize_t first_index_of(const floating* x, floating value, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, start
+    cdef int lane, place, here
+    for i in range(n // SUM_BLOCK):
+        start = i * SUM_BLOCK
+        place = SUM_BLOCK
+        for lane in range(SUM_BLOCK):
+            here = lane if x[start + lane] == value else <int>SUM_BLOCK
+            place = here if here < place else place
+        if place < SUM_BLOCK:
+            return start + place
+    for i in range(n - n % SUM_BLOCK, n):
+        if x[i] == value:
+            return i
+    return 0
 
 
 # The largest magnitude that exp_shifted takes without an offset: n * ln2_high stays exact, and beyond it the

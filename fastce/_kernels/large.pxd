@@ -28,7 +28,7 @@ from fastce._kernels.block cimport (
 )
 from fastce._kernels.lanes cimport (
     CHUNK,
-    LANES,
+    PREFETCH_BYTES,
     SUM_BLOCK,
     Sum,
     add_block,
@@ -39,6 +39,7 @@ from fastce._kernels.lanes cimport (
     exceeds_window,
     exp_limit,
     exp_terms,
+    prefetch,
     smaller,
     sum_limit,
     total_of,
@@ -46,13 +47,7 @@ from fastce._kernels.lanes cimport (
 from fastce._kernels.staged cimport Options, exp_block, far_below, stage_block, staged_logit, staged_maximum
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
 
-cdef extern from "target.h" nogil:
-    void prefetch "fastce_prefetch" (const void* address)
-
 cdef enum:
-    # How far ahead logits are asked for: the processor's own prefetch stops at each page of 4 KB. (2048, 32000) took
-    # 0.32 ns a logit without, 0.20 with 2 KB, 0.22 with 1, 4 or 8 KB (2 threads).
-    PREFETCH_BYTES = 2048
     # The most that a thread keeps of exponentials. Rows that fit it twice are written while the next is read: with
     # half of it (512, 128256), which then has one buffer, took 0.28 ns a logit instead of 0.19 (2 threads).
     KEEP_BYTES = 1 << 20

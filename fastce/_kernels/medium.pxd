@@ -24,6 +24,7 @@ from fastce._kernels.block cimport (
     write_block,
 )
 from fastce._kernels.lanes cimport (
+    PREFETCH_BYTES,
     SUM_BLOCK,
     Sum,
     add_block,
@@ -31,15 +32,13 @@ from fastce._kernels.lanes cimport (
     clear,
     exceeds_window,
     exp_limit,
+    prefetch,
     sum_limit,
     total_of,
 )
-from fastce._kernels.large cimport PREFETCH_BYTES, put_below, take_row
+from fastce._kernels.large cimport put_below, take_row
 from fastce._kernels.staged cimport Options, exp_block, staged_logit, staged_maximum
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
-
-cdef extern from "target.h" nogil:
-    void prefetch "fastce_prefetch" (const void* address)
 
 
 # Rows [first, first + n) in a pipeline of three: while one row's exponentials are computed, those of the row before are

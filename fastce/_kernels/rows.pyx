@@ -355,6 +355,19 @@ cdef void set_mask(Batch* batch, uint8_t* mask, Py_ssize_t stride) noexcept nogi
     batch.options.is_scaled = batch.options.none = False
 
 
+def softmax_rows(
+    cnp.ndarray logits, cnp.ndarray ids, cnp.ndarray losses, cnp.ndarray out, cnp.ndarray memory, int num_threads
+):
+    """Fill `out` (N, C) with the softmax of `logits`; `losses` and `memory` are room to work in, all `ids` 0."""
+    cdef Batch batch = empty_batch()
+    fill_batch(&batch, logits, ids, losses, 1.0, None, out, memory, None, None)
+    batch.is_softmax = True
+    batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
+    batch.out_stride = cnp.PyArray_STRIDE(out, 0)
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
+
+
 def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
     """Return the bytes of working memory for cross_entropy_columns."""
     return num_threads * column_bytes(n_classes, itemsize) + 64

@@ -25,18 +25,15 @@ cimport numpy as cnp
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
-    Pending,
     Scratch,
     finish_rows,
     is_normal,
     miss_of,
-    nothing_pending,
     put_row,
 )
 from fastce._kernels.general cimport (
     GRADIENT,
     LOG_SOFTMAX,
-    SOFTMAX,
     Batch,
     Own,
     behind,
@@ -56,17 +53,22 @@ from fastce._kernels.lanes cimport (
     SUM_BLOCK,
     Sum,
     add_block,
+    add_block_products,
     add_chunk,
     buffer_elements,
     chunks_of,
     clear,
+    exp_last_block,
     exp_limit,
+    exp_terms,
+    first_index_of,
     larger,
+    prefetch,
+    row_maximum,
     smaller,
     total_of,
 )
-from fastce._kernels.large cimport PREFETCH_BYTES, sum_chunk
-from fastce._kernels.staged cimport Options, hide, is_identity, no_options, padded, set_scale, stage_logits
+from fastce._kernels.staged cimport hide, is_identity, padded, set_scale, stage_logits
 from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -88,7 +90,6 @@ cdef extern from "target.h" nogil:
     void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
     void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor, double shift)
     void stream_fence "fastce_stream_fence" ()
-    void prefetch "fastce_prefetch" (const void* address)
 
 cnp.import_array()
 watch_forks()
@@ -115,90 +116,8 @@ cdef struct Pieces:
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
 
-cdef inline floating piece_maximum(const floating* z, Py_ssize_t n) noexcept nogil:
-    cdef floating[4 * LANES] largest
-    cdef Py_ssize_t i, lane
-    for lane in range(4 * LANES):
-        largest[lane] = -INFINITY
-    for _ in range(n // (4 * LANES)):
-        for lane in range(4 * LANES * <Py_ssize_t>sizeof(floating) // 64):
-            prefetch(<char*>z + PREFETCH_BYTES + lane * 64)
-        for lane in range(4 * LANES):
-            largest[lane] = z[lane] if z[lane] > largest[lane] else largest[lane]
-        z += 4 * LANES
-    for i in range(n % (4 * LANES)):
-        largest[i] = z[i] if z[i] > largest[i] else largest[i]
-    for lane in range(2 * LANES):
-        largest[lane] = largest[lane] if largest[lane] > largest[lane + 2 * LANES] else largest[lane + 2 * LANES]
-    for lane in range(LANES):
-        largest[lane] = largest[lane] if largest[lane] > largest[lane + LANES] else largest[lane + LANES]
-    for lane in range(8):
-        largest[lane] = largest[lane] if largest[lane] > largest[lane + 8] else largest[lane + 8]
-    for lane in range(4):
-        largest[lane] = largest[lane] if largest[lane] > largest[lane + 4] else largest[lane + 4]
-    for lane in range(1, 4):
-        largest[0] = largest[0] if largest[0] > largest[lane] else largest[lane]
-    return largest[0]
-
-
-cdef inline Py_ssize_t first_index_of(const floating* z, floating value, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, lane, start = 0
-    cdef int hits
-    for i in range(n // SUM_BLOCK):
-        hits = 0
-        for lane in range(SUM_BLOCK):
-            hits += 1 if z[i * SUM_BLOCK + lane] == value else 0
-        if hits:
-            break
-        start += SUM_BLOCK
-    for i in range(start, n):
-        if z[i] == value:
-            return i
-    return 0
-
-
-# The last block of a sum, n < SUM_BLOCK terms in `rest`, and the sum itself.
-cdef inline double end_sum(floating* rest, Py_ssize_t n, Sum* sums) noexcept nogil:
-    cdef Py_ssize_t i, lane
-    for i in range(n, padded(n)):
-        rest[i] = 0
-    for i in range(padded(n) // LANES):
-        for lane in range(LANES):
-            sums.total[lane] += rest[i * LANES + lane]
-    # An infinite sum has no rounding errors to carry.
-    for lane in range(LANES):
-        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
-    return total_of(sums)
-
-
-cdef inline double sum_piece(const floating* t, Py_ssize_t n) noexcept nogil:
-    cdef floating[SUM_BLOCK] rest
-    cdef Py_ssize_t i, many = n - n % SUM_BLOCK
-    cdef Sum sums
-    clear(&sums)
-    for i in range(many // SUM_BLOCK):
-        add_block(t + i * SUM_BLOCK, &sums)
-    for i in range(n - many):
-        rest[i] = t[many + i]
-    return end_sum(rest, n - many, &sums)
-
-
-# sum of a_c * (z_m - z_c).
-cdef inline double sum_below(const floating* a, const floating* z, floating top, Py_ssize_t n) noexcept nogil:
-    cdef floating[SUM_BLOCK] products
-    cdef Py_ssize_t i, lane, many = n - n % SUM_BLOCK
-    cdef Sum sums
-    clear(&sums)
-    for i in range(many // SUM_BLOCK):
-        for lane in range(SUM_BLOCK):
-            products[lane] = below(a[i * SUM_BLOCK + lane], top, z[i * SUM_BLOCK + lane])
-        add_block(products, &sums)
-    for i in range(n - many):
-        products[i] = below(a[many + i], top, z[many + i])
-    return end_sum(products, n - many, &sums)
-
-
-# The same where the difference may overflow: element by element, by halves, the rounding errors carried along.
+# sum of a_c * (z_m - z_c) where the difference may overflow: element by element, by halves, the rounding errors carried
+# along.
 cdef inline double sum_far_below(const floating* a, const floating* z, double top, Py_ssize_t n) noexcept nogil:
     cdef double[2] total
     cdef Py_ssize_t i
@@ -209,32 +128,122 @@ cdef inline double sum_far_below(const floating* a, const floating* z, double to
     return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
+# sum of a_c * b_c.
 cdef inline double sum_products(const floating* a, const floating* b, Py_ssize_t n) noexcept nogil:
     cdef floating[SUM_BLOCK] products
-    cdef Py_ssize_t i, lane, many = n - n % SUM_BLOCK
+    cdef Py_ssize_t start, block, lane, size
     cdef Sum sums
     clear(&sums)
-    for i in range(many // SUM_BLOCK):
-        for lane in range(SUM_BLOCK):
-            products[lane] = a[i * SUM_BLOCK + lane] * b[i * SUM_BLOCK + lane]
+    for block in range((n + SUM_BLOCK - 1) // SUM_BLOCK):
+        start = block * SUM_BLOCK
+        size = smaller(SUM_BLOCK, n - start)
+        for lane in range(size):
+            products[lane] = a[start + lane] * b[start + lane]
+        for lane in range(size, SUM_BLOCK):
+            products[lane] = 0
         add_block(products, &sums)
-    for i in range(n - many):
-        products[i] = a[many + i] * b[many + i]
-    return end_sum(products, n - many, &sums)
-
-
-cdef inline void exp_piece(const floating* z, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
-    cdef floating offset = <floating>window.offset
-    cdef floating low = <floating>window.low
-    cdef floating high = <floating>window.high
-    cdef floating magic = <floating>window.magic
-    cdef Py_ssize_t i
-    for i in range(n):
-        terms[i] = exp_shifted(z[i], offset, low, high, magic)
+    return finite_total_of(&sums)
 
 
 cdef inline bint is_distribution_alone(const Batch* batch) noexcept nogil:
     return batch.distribution != NULL and batch.smoothing == 0.0 and batch.weight == NULL
+
+
+# The sums of a piece of a row.
+cdef struct Piece:
+    double terms            # without that of `top`
+    double at_top
+    double mass
+    double linear           # a_c * (z_m - z_c)
+    double spread           # e_c * (z_m - z_c)
+
+
+# Memory that sum_pieces asks for on its way, as many elements as the piece has: the next row, which is looked through for
+# its maximum faster than memory delivers, and this row's results.
+cdef struct Wanted:
+    char* logits
+    char* mass
+    char* out
+
+
+# The terms of a piece and all its sums, block by block while they are in the nearest cache. `mass` may be NULL.
+cdef inline void sum_pieces(
+    const floating* z, const floating* mass, floating* terms, Py_ssize_t n, Py_ssize_t top, const ExpWindow* window,
+    floating maximum, bint with_spread, const Wanted* wanted, Piece* piece,
+) noexcept nogil:
+    cdef floating offset = <floating>window.offset
+    cdef floating low = <floating>window.low
+    cdef floating high = <floating>window.high
+    cdef floating magic = <floating>window.magic
+    cdef floating[SUM_BLOCK] last
+    cdef floating[SUM_BLOCK] last_mass
+    cdef Py_ssize_t block, lane, start, rest, i
+    cdef const floating* x
+    cdef const floating* a = NULL
+    cdef Sum sums, masses, linear, spread
+    clear(&sums)
+    clear(&masses)
+    clear(&linear)
+    clear(&spread)
+    for block in range((n + SUM_BLOCK - 1) // SUM_BLOCK):
+        start = block * SUM_BLOCK
+        rest = n - start
+        x = z + start
+        for i in range(SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
+            prefetch(wanted.logits + start * <Py_ssize_t>sizeof(floating) + i * 64)
+            prefetch(wanted.mass + start * <Py_ssize_t>sizeof(floating) + i * 64)
+            prefetch(wanted.out + start * <Py_ssize_t>sizeof(floating) + i * 64)
+        if mass != NULL:
+            a = mass + start
+        if rest >= SUM_BLOCK:
+            for lane in range(SUM_BLOCK):
+                terms[start + lane] = exp_shifted(x[lane], offset, low, high, magic)
+        else:
+            exp_last_block(x, terms + start, rest, offset, low, high, magic)
+            fill_block(last, x, rest, maximum)
+            x = last
+            if mass != NULL:
+                fill_block(last_mass, a, rest, 0)
+                a = last_mass
+        if 0 <= top - start < SUM_BLOCK:
+            piece.at_top = terms[top]
+            terms[top] = 0
+        add_block(terms + start, &sums)
+        if mass != NULL:
+            add_block(a, &masses)
+            add_block_products(a, x, maximum, &linear)
+        if with_spread:
+            add_block_products(terms + start, x, maximum, &spread)
+    piece.terms = total_of(&sums)
+    piece.mass = total_of(&masses)
+    piece.linear = finite_total_of(&linear)
+    piece.spread = finite_total_of(&spread)
+
+
+# Any address will do where there is nothing to ask for.
+cdef inline Wanted wanted_by(const Batch* batch, Py_ssize_t row, Py_ssize_t start) noexcept nogil:
+    cdef Wanted wanted
+    wanted.logits = wanted.mass = wanted.out = batch.logits + (row + 1) * batch.logits_stride + start
+    if batch.distribution != NULL:
+        wanted.mass = batch.distribution + (row + 1) * batch.distribution_stride + start
+    if batch.out != NULL and not batch.stream:
+        wanted.out = batch.out + row * batch.out_stride + start
+    return wanted
+
+
+cdef inline void fill_block(floating* block, const floating* numbers, Py_ssize_t n, floating rest) noexcept nogil:
+    cdef Py_ssize_t i
+    memcpy(block, numbers, n * sizeof(floating))
+    for i in range(n, SUM_BLOCK):
+        block[i] = rest
+
+
+# An infinite sum has no rounding errors to carry.
+cdef inline double finite_total_of(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
+    return total_of(sums)
 
 
 # ---- one row, first time -------------------------------------------------------------------------------------------
@@ -307,7 +316,7 @@ cdef inline void find_maximum(
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
         z = stage(batch, pieces, row, r, start, n, True, like)
-        largest = piece_maximum(z, n)
+        largest = row_maximum(z, n)
         if largest > maximum:
             maximum = largest
             index = start + first_index_of(z, largest, n)
@@ -336,8 +345,8 @@ cdef inline void measure_row(
 ) noexcept nogil:
     cdef Py_ssize_t chunk, start, n, i, index, place, top
     cdef double a, at_maximum = 0.0
-    cdef Pending nothing = nothing_pending()
-    cdef Options none = no_options()
+    cdef Piece piece
+    cdef Wanted wanted
     cdef double[2] total
     cdef double[2] mass
     cdef double[2] linear
@@ -356,26 +365,31 @@ cdef inline void measure_row(
         terms = <floating*>pieces.terms + place
         z = stage(batch, pieces, row, r, start, n, again, like)
         top = own.argmax[r] - start
-        add_chunk(total, sum_chunk(&none, z, NULL, 0, n, terms, top, True, &own.window[r], 0, &at_maximum, NULL, &nothing))
+        dense = NULL
         if has_dense_mass(batch):
             dense = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
-            if has_base_alone(batch):
-                add_chunk(mass, batch.base_mass if start == 0 else 0.0)
-            else:
-                add_chunk(mass, sum_piece(dense, n))
+        wanted = wanted_by(batch, row, start * sizeof(floating))
+        sum_pieces(
+            z, dense, terms, n, top, &own.window[r], <floating>own.maximum[r], batch.entropy != NULL, &wanted, &piece
+        )
+        add_chunk(total, piece.terms)
+        add_chunk(spread, piece.spread)
+        if 0 <= top < n:
+            at_maximum = piece.at_top
+        if dense != NULL:
             # A row of one mass, or none, stays exact.
+            add_chunk(mass, piece.mass)
             if 0 <= top < n:
                 own.mass_at_maximum[r] += dense[top]
                 add_chunk(mass, -dense[top])
             if fabs(own.maximum[r]) > exp_limit(like):
-                add_chunk(linear, sum_far_below(dense, z, own.maximum[r], n))
-            else:
-                add_chunk(linear, sum_below(dense, z, <floating>own.maximum[r], n))
+                piece.linear = sum_far_below(dense, z, own.maximum[r], n)
+            add_chunk(linear, piece.linear)
             if batch.probability != NULL:
                 own.hit[r] += sum_products(dense, terms, n)
                 if 0 <= top < n:
                     own.hit[r] += dense[top] * at_maximum
-                own.largest_mass[r] = larger_of(own.largest_mass[r], piece_maximum(dense, n))
+                own.largest_mass[r] = larger_of(own.largest_mass[r], row_maximum(dense, n))
         for i in range(batch.n_entries):
             a = entry(batch, row, i, &index)
             if a != 0.0 and 0 <= index - start < n:
@@ -387,8 +401,6 @@ cdef inline void measure_row(
                 if batch.probability != NULL:
                     own.hit[r] += a * (at_maximum if index - start == top else terms[index - start])
                     own.largest_mass[r] = larger_of(own.largest_mass[r], entry_mass(batch, row, index))
-        if batch.entropy != NULL:
-            add_chunk(spread, sum_below(terms, z, <floating>own.maximum[r], n))
     own.mass[r] = mass[0] + mass[1]
     own.linear[r] = linear[0] + linear[1] if linear[0] < INFINITY else linear[0]
     own.spread[r] = spread[0] + spread[1]
@@ -447,8 +459,8 @@ cdef inline void write_row(
         mass = NULL
         top = own.argmax[r] - start
         z = stage(batch, pieces, row, r, start, n, again, like)
-        if again:
-            exp_piece(z, terms, n, &own.window[r])
+        if again and batch.kind == GRADIENT:
+            exp_terms(z, terms, n, &own.window[r])
             if 0 <= top < n:
                 terms[top] = 0
         if batch.kind == GRADIENT and has_dense_mass(batch):
@@ -457,8 +469,11 @@ cdef inline void write_row(
                 mass = <const floating*>batch.base + start
             elif again or is_distribution_alone(batch):
                 mass = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
-        if batch.kind != GRADIENT:
-            write_activation(batch, own, r, z, terms, out + start, n, top)
+        results = terms if batch.stream else out + start
+        if batch.kind == LOG_SOFTMAX:
+            write_log_softmax(own, r, z, results, n)
+            if batch.stream:
+                stream_piece(out + start, results, n)
             continue
         # The Hessian first: the gradient may be written over logits, never over terms.
         if batch.hess != NULL:
@@ -466,7 +481,6 @@ cdef inline void write_row(
             if mask_of(batch, row) != NULL:
                 hide(mask_of(batch, row) + start, hess + start, n)
         if batch.out != NULL:
-            results = terms if batch.stream else out + start
             write_gradient(batch, own, row, r, start, terms, mass, results, n, top)
             if batch.transform.cap != 0.0:
                 multiply(results, <const floating*>pieces.chain + place, n)
@@ -565,22 +579,14 @@ cdef inline void write_hessian(
         hess[top] = <floating>(p * (curve * miss + square * p))
 
 
-cdef inline void write_activation(
-    const Batch* batch, Own* own, Py_ssize_t r, const floating* z, const floating* terms, floating* out, Py_ssize_t n,
-    Py_ssize_t top,
+cdef inline void write_log_softmax(
+    const Own* own, Py_ssize_t r, const floating* z, floating* out, Py_ssize_t n
 ) noexcept nogil:
-    cdef floating inverse = <floating>own.rows.inverse[r]
     cdef floating maximum = <floating>own.maximum[r]
     cdef floating least = <floating>own.rows.loss[r]
     cdef Py_ssize_t i
-    if batch.kind == LOG_SOFTMAX:
-        for i in range(n):
-            out[i] = (z[i] - maximum) - least
-        return
     for i in range(n):
-        out[i] = terms[i] * inverse
-    if 0 <= top < n:
-        out[top] = <floating>(own.rows.at_target[r] * own.rows.inverse[r])
+        out[i] = (z[i] - maximum) - least
 
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
@@ -641,7 +647,6 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     cdef Py_ssize_t task
     batch.stream = (
         batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
-        and batch.kind == GRADIENT
         and batch.out != batch.logits
     )
     if batch.base != NULL:
@@ -654,20 +659,14 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
             take_task(batch, &plan, memory + threadid() * plan.thread_bytes, task, like)
 
 
-# Copies the base to the front of the working memory, in whole vectors, and sums it; returns the bytes that takes.
+# Copies the base to the front of the working memory, in whole vectors; returns the bytes that takes.
 cdef Py_ssize_t place_base(Batch* batch, floating* base) noexcept nogil:
-    cdef Py_ssize_t i, chunk, start, n_classes = batch.n_classes
-    cdef double[2] mass
-    mass[0] = mass[1] = 0.0
-    memcpy(base, batch.base, n_classes * sizeof(floating))
-    for i in range(n_classes, padded(n_classes)):
+    cdef Py_ssize_t i
+    memcpy(base, batch.base, batch.n_classes * sizeof(floating))
+    for i in range(batch.n_classes, padded(batch.n_classes)):
         base[i] = 0
-    for chunk in range(chunks_of(n_classes)):
-        start = chunk * CHUNK
-        add_chunk(mass, sum_piece(base + start, smaller(CHUNK, n_classes - start)))
     batch.base = <char*>base
-    batch.base_mass = mass[0] + mass[1]
-    return base_bytes(n_classes, sizeof(floating))
+    return base_bytes(batch.n_classes, sizeof(floating))
 
 
 cdef inline Py_ssize_t base_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noexcept nogil:
@@ -821,10 +820,10 @@ cdef Py_ssize_t count_bad(const floating* numbers, Py_ssize_t n) noexcept nogil:
     return n_bad
 
 
-def activation_rows(cnp.ndarray logits, out, lse, bint logarithm, memory, int num_threads):
-    """Fill, unless None, `out` (N, C) with softmax or log_softmax and `lse` (N,) float64 with logsumexp."""
+def log_softmax_rows(cnp.ndarray logits, out, lse, memory, int num_threads):
+    """Fill, unless None, `out` (N, C) with log_softmax and `lse` (N,) float64 with logsumexp."""
     cdef Batch batch = batch_of(logits, memory)
-    batch.kind = LOG_SOFTMAX if logarithm else SOFTMAX
+    batch.kind = LOG_SOFTMAX
     batch.out = data_of(out)
     batch.out_stride = stride_of(out)
     batch.lse = <double*>data_of(lse)

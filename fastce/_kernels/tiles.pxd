@@ -352,8 +352,8 @@ cdef inline void write_tile(
     const Batch* batch, Own* own, const Tiles* tiles, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef floating* results = <floating*>tiles.spare
-    if batch.kind != GRADIENT:
-        activate_tile(batch, own, <floating*>tiles.z, <floating*>tiles.terms, results, n)
+    if batch.kind == LOG_SOFTMAX:
+        write_log_softmax(batch, own, <floating*>tiles.z, results, n)
         store_tile(batch, own, results, batch.out, batch.out_stride, first, n)
         return
     if batch.hess != NULL:
@@ -459,28 +459,19 @@ cdef inline void curve_tile(
             )
 
 
-cdef inline void activate_tile(
-    const Batch* batch, Own* own, const floating* z, const floating* terms, floating* results, Py_ssize_t n
+cdef inline void write_log_softmax(
+    const Batch* batch, Own* own, const floating* z, floating* results, Py_ssize_t n
 ) noexcept nogil:
     cdef floating[BLOCK_ROWS] maximum
     cdef floating[BLOCK_ROWS] least
-    cdef floating[BLOCK_ROWS] inverse
     cdef Py_ssize_t c, r, i
     for r in range(n):
         maximum[r] = <floating>own.maximum[r]
         least[r] = <floating>own.rows.loss[r]
-        inverse[r] = <floating>own.rows.inverse[r]
     for c in range(batch.n_classes):
         i = c * BLOCK_ROWS
-        if batch.kind == LOG_SOFTMAX:
-            for r in range(n):
-                results[i + r] = (z[i + r] - maximum[r]) - least[r]
-        else:
-            for r in range(n):
-                results[i + r] = terms[i + r] * inverse[r]
-    if batch.kind != LOG_SOFTMAX:
         for r in range(n):
-            results[own.argmax[r] * BLOCK_ROWS + r] = <floating>(own.rows.at_target[r] * own.rows.inverse[r])
+            results[i + r] = (z[i + r] - maximum[r]) - least[r]
 
 
 # Back to rows; zeros for rows that are not looked at and for classes that do not exist.
