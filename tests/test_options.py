@@ -1161,6 +1161,31 @@ def test_the_gradient_of_z_loss_is_not_weighted_by_class(rng):
     np.testing.assert_allclose(with_z[1] - plain[1], 0.4 * lse * p, rtol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.7, 1e-3, 30.0, 1 + 1e-9])
+@pytest.mark.parametrize("classes", [5, 200, 5000])
+def test_scaled_logits_have_the_bits_of_numpy_s_product(classes, scale, dtype, rng):
+    logits = rng.normal(100, 3, (40, classes)).astype(dtype)
+    scaled = logits * dtype.type(scale)
+    ids = rng.integers(0, classes, 40)
+    for targets in (ids, np.eye(classes, dtype=dtype)[ids]):
+        for options in ({}, {"label_smoothing": 0.1}, {"class_mask": np.ones(classes, bool)}):
+            expected = fastce.cross_entropy(scaled, targets, reduction="none", **options)
+            got = fastce.cross_entropy(logits, targets, logit_scale=scale, reduction="none", **options)
+            assert_same_bits(got, expected, options)
+
+
+@pytest.mark.parametrize("classes", [4, 20, 300, 5000])
+def test_smoothed_losses_are_finite_where_sums_of_logits_overflow(classes, dtype):
+    # Half of the logits at the least number: their differences are finite, the sum of them is not.
+    least = np.finfo(dtype).min
+    logits = np.zeros((2, classes), dtype)
+    logits[0, classes // 2 :] = least
+    logits[1, 0] = least
+    losses = fastce.cross_entropy(logits, [0, 1], label_smoothing=0.5, reduction="none")
+    shares = 0.5 / classes * np.array([classes - classes // 2, 1])
+    assert_allowed(losses, -shares * EXTENDED(least), np.abs(shares * EXTENDED(least)) * 3 * np.finfo(dtype).eps)
+
+
 def test_the_chain_rule_of_scale_and_cap(rng):
     logits = rng.normal(0, 2, (3, 4))
     ids = np.array([0, 1, 3])
@@ -1205,8 +1230,10 @@ GENERAL = [
     {"label_smoothing": 0.1},
     {"weight": ..., "label_smoothing": 0.1, "sample_weight": ...},
     {"z_loss": 1e-3, "logit_scale": 1.7},
+    {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 0.3},
     {"softcap": 9.0},
     {"class_mask": "classes"},
+    {"class_mask": "rows", "logit_scale": 0.3},
     {"class_mask": "rows", "label_smoothing": 0.1},
     {"targets": "distribution"},
     {"targets": "distribution", "weight": ..., "class_mask": "rows", "label_smoothing": 0.3},
@@ -1262,8 +1289,12 @@ def assert_all_same(got, expected, what):
 
 
 SHAPES = [(70, 3), (300, 33), (90, 97), (40, 1000), (9, 5000)]
-# Rows too long to be kept between the loss and the gradient, for a few of the options.
-CASES = [*itertools.product(GENERAL + PLAIN, SHAPES), *((options, (3, 70_000)) for options in GENERAL[1::3])]
+# Rows that threads share, and rows too long to be kept between the loss and the gradient.
+CASES = [
+    *itertools.product(GENERAL + PLAIN, SHAPES),
+    *((options, (3, 70_000)) for options in GENERAL),
+    *((options, (3, 300_000)) for options in GENERAL[1:7:2]),
+]
 each_case = pytest.mark.parametrize(
     ("options", "shape"), CASES, ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value)
 )

@@ -663,13 +663,13 @@ def test_results_have_the_documented_dtypes(rng):
 
 def test_scaled_logits_are_rounded_as_they_are_used(rng):
     logits = rng.normal(0, 3, (20, 5)).astype(np.float32)
-    scaled = (0.3 * logits.astype(float)).astype(np.float32)
+    scaled = logits * np.float32(0.3)
     ids = rng.integers(0, 5, 20)
     assert_same(
         reference.cross_entropy(logits, ids, logit_scale=0.3, reduction="none"),
         reference.cross_entropy(scaled, ids, reduction="none"),
     )
-    capped = (2.0 * np.tanh(0.3 * logits.astype(float) / 2.0)).astype(np.float32)
+    capped = (2.0 * np.tanh(float(np.float32(0.3)) * logits.astype(float) / 2.0)).astype(np.float32)
     assert_same(
         reference.cross_entropy(logits, ids, logit_scale=0.3, softcap=2.0, reduction="none"),
         reference.cross_entropy(capped, ids, reduction="none"),

@@ -54,7 +54,7 @@ cdef inline void take_columns(
             rows.at_target[r] = terms[t * BLOCK_ROWS + r]
             rows.z_target[r] = (<const floating*>(x + t * stride))[r]
             terms[t * BLOCK_ROWS + r] = 0
-    sum_columns(terms, batch.n_classes, n, rows)
+    sum_columns(terms, batch.n_classes, n, <double*>(terms + BLOCK_ROWS * batch.n_classes), rows.others)
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         if not small_sum_low(like) <= total < sum_limit(like):
@@ -74,8 +74,10 @@ cdef inline void exp_column(const floating* x, floating* terms, Py_ssize_t n, co
         terms[r] = exp_shifted(x[r], 0, low, high, magic)
 
 
-cdef inline void sum_columns(floating* terms, Py_ssize_t n_classes, Py_ssize_t n, Scratch* rows) noexcept nogil:
-    cdef double* lanes = <double*>(terms + BLOCK_ROWS * n_classes)
+# The sums over the classes of a tile, one a row; `lanes` is room for COLUMN_LANES * BLOCK_ROWS of them.
+cdef inline void sum_columns(
+    const floating* tile, Py_ssize_t n_classes, Py_ssize_t n, double* lanes, double* sums
+) noexcept nogil:
     cdef double* lane
     cdef const floating* column
     cdef Py_ssize_t c, r
@@ -83,11 +85,11 @@ cdef inline void sum_columns(floating* terms, Py_ssize_t n_classes, Py_ssize_t n
         lanes[r] = 0.0
     for c in range(n_classes):
         lane = lanes + c % COLUMN_LANES * BLOCK_ROWS
-        column = terms + c * BLOCK_ROWS
+        column = tile + c * BLOCK_ROWS
         for r in range(n):
             lane[r] += column[r]
     for r in range(n):
-        rows.others[r] = (
+        sums[r] = (
             (lanes[r] + lanes[4 * BLOCK_ROWS + r]) + (lanes[BLOCK_ROWS + r] + lanes[5 * BLOCK_ROWS + r])
         ) + (
             (lanes[2 * BLOCK_ROWS + r] + lanes[6 * BLOCK_ROWS + r])

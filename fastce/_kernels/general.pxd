@@ -3,7 +3,8 @@
 from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
-from fastce._kernels.block cimport BLOCK_ROWS, Scratch
+from fastce._kernels.block cimport BLOCK_ROWS, Scratch, miss_of
+from fastce._kernels.lanes cimport add_chunk
 from fastce._kernels.staged cimport Transform
 from fastce._kernels.vexp cimport ExpWindow, floating
 
@@ -99,13 +100,18 @@ cdef inline double entry(const Batch* batch, Py_ssize_t row, Py_ssize_t i, Py_ss
     return mass if batch.weight == NULL else mass * batch.weight[index[0]]
 
 
-# a * (top - z), where a = 0 beats an infinite difference.
-cdef inline floating below(floating a, floating top, floating z) noexcept nogil:
-    return a * (top - z) if a != 0 else 0
-
-
-cdef inline double larger_of(double a, double b) noexcept nogil:
-    return a if a > b else b
+# sum of a_c * (z_m - z_c) where the difference may overflow: element by element, by halves, the rounding errors carried
+# along.
+cdef inline double sum_far_below(
+    const floating* a, const floating* z, double top, Py_ssize_t n, Py_ssize_t step
+) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        if a[i * step] != 0:
+            add_chunk(total, 2.0 * (a[i * step] * (0.5 * top - 0.5 * z[i * step])))
+    return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
 # All of a row's entries at one index: entries may repeat.
@@ -117,6 +123,14 @@ cdef inline double entry_mass(const Batch* batch, Py_ssize_t row, Py_ssize_t ind
         if other == index:
             total += a
     return total
+
+
+# The gradient at the largest logit: from the others where all mass is there.
+cdef inline double pull_at_maximum(const Own* own, Py_ssize_t r) noexcept nogil:
+    cdef const Scratch* rows = &own.rows
+    cdef double pull = (own.mass[r] + own.steepness[r]) * (rows.at_target[r] * rows.inverse[r])
+    pull -= own.mass_at_maximum[r] * miss_of(rows.others[r], rows.at_target[r])
+    return pull * own.factor[r]
 
 
 # Losses and statistics from the sums, once finish_rows has taken the logarithms; the factor of each row's gradient.

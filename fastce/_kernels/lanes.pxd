@@ -1,9 +1,9 @@
 """Sums of exponentials in fixed lanes: the order of the additions depends on a row's length alone."""
 
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN, fabs
 from libc.string cimport memcpy
 
-from fastce._kernels.vexp cimport ExpWindow, exp_shifted, floating
+from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, shift_for
 
 cdef extern from "target.h" nogil:
     void prefetch "fastce_prefetch" (const void* address)
@@ -22,6 +22,10 @@ cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline double larger_of(double a, double b) noexcept nogil:
     return a if a > b else b
 
 
@@ -211,6 +215,14 @@ cdef inline double exp_limit(const floating* x) noexcept nogil:
         return 1000.0
     else:
         return 4096.0
+
+
+# The window of a row whose largest logit is `maximum`; an infinite one makes all terms nan.
+cdef inline ExpWindow window_below(const floating* like, double maximum) noexcept nogil:
+    cdef double offset = 0.0 if fabs(maximum) <= exp_limit(like) else maximum
+    if fabs(maximum) == INFINITY:
+        return exp_window(like, 0.0, NAN)
+    return exp_window(like, shift_for(like, maximum - offset), offset)
 
 
 # The sum below which no term of a row was clamped at its window's high end.

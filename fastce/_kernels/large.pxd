@@ -43,6 +43,7 @@ from fastce._kernels.lanes cimport (
     smaller,
     sum_limit,
     total_of,
+    window_below,
 )
 from fastce._kernels.staged cimport Options, exp_block, far_below, stage_block, staged_logit, staged_maximum
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
@@ -114,7 +115,7 @@ cdef inline void take_row(
     bint keep, Scratch* rows, Py_ssize_t r, ExpWindow* window, Pending* pending, bint* wide,
 ) noexcept nogil:
     cdef floating z_target = staged_logit(options, x, mask, t)
-    cdef double others, maximum = NAN, offset = 0.0, at_target = 0.0, below = 0.0
+    cdef double others, maximum = NAN, at_target = 0.0, below = 0.0
     if wide[0]:
         maximum = staged_maximum(options, x, mask, n)
         wide[0] = exceeds_window(x, maximum, z_target)
@@ -128,15 +129,12 @@ cdef inline void take_row(
     wide[0] = True
     if maximum != maximum:
         maximum = staged_maximum(options, x, mask, n)
+    window[0] = window_below(x, maximum)
     if fabs(maximum) == INFINITY:
-        window[0] = exp_window(x, 0.0, NAN)
         put_row(rows, r, NAN, NAN, NAN, 0.0, 0.0)
         return
-    if fabs(maximum) > exp_limit(x):
-        offset = maximum
-    window[0] = exp_window(x, shift_for(x, maximum - offset), offset)
     others = sum_row(options, x, mask, terms, n, t, keep, window, z_target, &at_target, &below, pending)
-    put_row(rows, r, others, at_target, z_target - offset, window.shift, offset)
+    put_row(rows, r, others, at_target, z_target - window.offset, window.shift, window.offset)
     put_below(options, x, n, t, rows, r, below)
 
 
@@ -174,8 +172,8 @@ cdef inline double sum_row(
     return total[0] + total[1]
 
 
-# The sum of the terms of a chunk, classes [first, stop) of a row, without that of t, which goes to at_target. Every block
-# is added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other.
+# The sum of the terms of a chunk, classes [first, stop) of a row, without that of t, which goes to at_target. Every
+# block is added while it is on its way to the cache; where `keep` is not set the blocks overwrite each other.
 cdef inline double sum_chunk(
     const Options* options, const floating* x, const uint8_t* mask, Py_ssize_t first, Py_ssize_t stop, floating* terms,
     Py_ssize_t t, bint keep, const ExpWindow* window, floating z_target, double* at_target, double* below,
@@ -207,8 +205,8 @@ cdef inline double sum_chunk(
     return total_of(&sums)
 
 
-# The gradient and Hessian of a row that was too long to keep: its exponentials once more, chunk by chunk. Returns how many
-# classes lead.
+# The gradient and Hessian of a row that was too long to keep: its exponentials once more, chunk by chunk. Returns how
+# many classes lead.
 cdef inline int repeat_row(
     const Batch* batch, const floating* x, const uint8_t* mask, floating* terms, Scratch* rows, Py_ssize_t row,
     Py_ssize_t r, const ExpWindow* window,

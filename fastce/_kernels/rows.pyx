@@ -30,6 +30,8 @@ cimport numpy as cnp
 from fastce._kernels.block cimport (
     BLOCK_ELEMENTS,
     BLOCK_ROWS,
+    STREAM_BYTES,
+    TASKS_PER_THREAD,
     Batch,
     Scratch,
     add_options,
@@ -70,8 +72,8 @@ cnp.import_array()
 watch_forks()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
-# Up to here class ids may be smoothed on these kernels: a row's loss is log(S/e_t) + share * sum(z_t - z_c), whose second
-# part may be negative, but is no larger than smoothing / (1 - smoothing) of the loss.
+# Up to here class ids may be smoothed on these kernels: a row's loss is log(S/e_t) + share * sum(z_t - z_c), whose
+# second part may be negative, but is no larger than smoothing / (1 - smoothing) of the loss.
 MOST_SMOOTHING = 0.5
 
 cdef enum:
@@ -80,12 +82,8 @@ cdef enum:
     # large.pxd 0.32, at 4064 0.28 and 0.29 (float32, 1 thread).
     MEDIUM_CLASSES = 4096
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
-    TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
     PLAIN_ELEMENTS = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
-    # Gradients of this size and more are written past the caches (32 MB of last-level cache): (256, 32000) took 0.33 ns
-    # a logit without and 0.29 with it, (3000, 1000), 12 MB, 0.20 and 0.25 (2 threads).
-    STREAM_BYTES = 1 << 24
 
 
 # ---- the batch -----------------------------------------------------------------------------------------------------

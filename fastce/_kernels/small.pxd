@@ -33,7 +33,7 @@ from fastce._kernels.block cimport (
     smallest_factor,
     terms_of,
 )
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, smaller, sum_limit
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, larger_of, smaller, sum_limit
 from fastce._kernels.large cimport take_row
 from fastce._kernels.staged cimport Options, far_below, no_options, stage_block
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_value
@@ -336,10 +336,6 @@ cdef inline bint has_leader(const floating* terms, Py_ssize_t n, floating invers
         if terms[j] * inverse > most:
             return True
     return False
-
-
-cdef inline double larger_of(double a, double b) noexcept nogil:
-    return a if a > b else b
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:

@@ -25,6 +25,8 @@ cimport numpy as cnp
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
+    STREAM_BYTES,
+    TASKS_PER_THREAD,
     Scratch,
     finish_rows,
     is_normal,
@@ -37,15 +39,15 @@ from fastce._kernels.general cimport (
     Batch,
     Own,
     behind,
-    below,
     entry,
     entry_mass,
     has_base_alone,
     has_dense_mass,
     is_skipped,
-    larger_of,
     mask_of,
+    pull_at_maximum,
     settle,
+    sum_far_below,
 )
 from fastce._kernels.lanes cimport (
     CHUNK,
@@ -63,10 +65,12 @@ from fastce._kernels.lanes cimport (
     exp_terms,
     first_index_of,
     larger,
+    larger_of,
     prefetch,
     row_maximum,
     smaller,
     total_of,
+    window_below,
 )
 from fastce._kernels.staged cimport hide, is_identity, padded, set_scale, stage_logits
 from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
@@ -76,19 +80,19 @@ from fastce._kernels.vexp cimport (
     bits_of_float,
     double_of_bits,
     exp_shifted,
-    exp_window,
     float_of_bits,
     floating,
     multiply_add_double,
     multiply_add_float,
-    shift_for,
 )
 
 cdef extern from "target.h" nogil:
     int watch_forks "fastce_watch_forks" ()
     bint is_forked_child "fastce_is_forked_child" ()
     void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
-    void stream_double "fastce_stream_double" (double* out, const double* terms, Py_ssize_t n, double factor, double shift)
+    void stream_double "fastce_stream_double" (
+        double* out, const double* terms, Py_ssize_t n, double factor, double shift
+    )
     void stream_fence "fastce_stream_fence" ()
 
 cnp.import_array()
@@ -98,10 +102,8 @@ cdef enum:
     # Rows up to this length keep their logits, exponentials and mass; longer ones compute them again for the gradient.
     KEEP_CLASSES = 65536
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
-    TASKS_PER_THREAD = 8
     GIL_ELEMENTS = 2048     # batches below keep the GIL
     SLACK_BYTES = 128       # before each buffer of pieces: what sum_chunk writes in front of a short last chunk
-    STREAM_BYTES = 1 << 24  # gradients of this size and more are written past the caches, as in rows.pyx
 
 
 # The pieces of a block of rows (or of one chunk of a long row): pointers into the memory behind Own.
@@ -115,18 +117,6 @@ cdef struct Pieces:
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
-
-# sum of a_c * (z_m - z_c) where the difference may overflow: element by element, by halves, the rounding errors carried
-# along.
-cdef inline double sum_far_below(const floating* a, const floating* z, double top, Py_ssize_t n) noexcept nogil:
-    cdef double[2] total
-    cdef Py_ssize_t i
-    total[0] = total[1] = 0.0
-    for i in range(n):
-        if a[i] != 0:
-            add_chunk(total, 2.0 * (a[i] * (0.5 * top - 0.5 * z[i])))
-    return total[0] + total[1] if total[0] < INFINITY else total[0]
-
 
 # sum of a_c * b_c.
 cdef inline double sum_products(const floating* a, const floating* b, Py_ssize_t n) noexcept nogil:
@@ -158,8 +148,8 @@ cdef struct Piece:
     double spread           # e_c * (z_m - z_c)
 
 
-# Memory that sum_pieces asks for on its way, as many elements as the piece has: the next row, which is looked through for
-# its maximum faster than memory delivers, and this row's results.
+# Memory that sum_pieces asks for on its way, as many elements as the piece has: the next row, which is looked through
+# for its maximum faster than memory delivers, and this row's results.
 cdef struct Wanted:
     char* logits
     char* mass
@@ -326,17 +316,12 @@ cdef inline void find_maximum(
     own.maximum[r] = maximum
     own.argmax[r] = index
     own.n_shown[r] = n_shown
+    own.window[r] = window_below(like, maximum)
     if fabs(maximum) == INFINITY:
-        own.window[r] = exp_window(like, 0.0, NAN)
         own.infinite[r] = maximum
         z = <const floating*>(batch.logits + row * batch.logits_stride)
         for i in range(batch.n_classes):
             own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
-    else:
-        own.window[r] = exp_window(
-            like, shift_for(like, maximum if fabs(maximum) <= exp_limit(like) else 0.0),
-            0.0 if fabs(maximum) <= exp_limit(like) else maximum,
-        )
 
 
 # All sums of a row: exponentials and mass. Sums over chunks carry their rounding errors along.
@@ -383,7 +368,7 @@ cdef inline void measure_row(
                 own.mass_at_maximum[r] += dense[top]
                 add_chunk(mass, -dense[top])
             if fabs(own.maximum[r]) > exp_limit(like):
-                piece.linear = sum_far_below(dense, z, own.maximum[r], n)
+                piece.linear = sum_far_below(dense, z, own.maximum[r], n, 1)
             add_chunk(linear, piece.linear)
             if batch.probability != NULL:
                 own.hit[r] += sum_products(dense, terms, n)
@@ -514,7 +499,7 @@ cdef inline void write_gradient(
     const floating* mass, floating* out, Py_ssize_t n, Py_ssize_t top,
 ) noexcept nogil:
     cdef Scratch* rows = &own.rows
-    cdef double factor = own.factor[r], inverse = rows.inverse[r], a, pull
+    cdef double factor = own.factor[r], inverse = rows.inverse[r], a
     cdef Py_ssize_t i, index
     combine(out, terms, mass, n, rows.scale[r], inverse, factor)
     for i in range(batch.n_entries):
@@ -522,10 +507,7 @@ cdef inline void write_gradient(
         if 0 <= index - start < n and a != 0.0:
             out[index - start] = <floating>(out[index - start] - a * factor)
     if 0 <= top < n:
-        a = own.mass_at_maximum[r]
-        pull = (own.mass[r] + own.steepness[r]) * (rows.at_target[r] * inverse)
-        pull -= a * miss_of(rows.others[r], rows.at_target[r])
-        out[top] = <floating>(pull * factor)
+        out[top] = <floating>pull_at_maximum(own, r)
 
 
 # out = (terms * (scale/S) - mass) * factor, in the dtype where all factors are normal numbers of it, else in float64

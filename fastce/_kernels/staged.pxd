@@ -4,7 +4,16 @@ from libc.math cimport INFINITY, fabs
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, Sum, add_block_below, add_chunk, exp_last_block, row_maximum, smaller
+from fastce._kernels.lanes cimport (
+    LANES,
+    SUM_BLOCK,
+    Sum,
+    add_block_below,
+    add_chunk,
+    exp_last_block,
+    row_maximum,
+    smaller,
+)
 from fastce._kernels.vexp cimport (
     ExpWindow,
     bits_of_float,

@@ -12,17 +12,17 @@ from fastce._kernels.general cimport (
     Batch,
     Own,
     behind,
-    below,
     entry,
     entry_mass,
     has_base_alone,
     has_dense_mass,
     is_skipped,
-    larger_of,
     mask_of,
+    pull_at_maximum,
     settle,
+    sum_far_below,
 )
-from fastce._kernels.lanes cimport exp_limit
+from fastce._kernels.lanes cimport exp_limit, larger_of, product, window_below
 from fastce._kernels.staged cimport is_identity, stage_logits
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -45,7 +45,8 @@ cdef enum:
 # One block's tiles of logits, exponentials, mass and of the factors of a cap: class c of row r at [c * BLOCK_ROWS + r].
 cdef struct Tiles:
     char* z
-    char* terms             # with lanes for sums behind it
+    char* terms
+    double* lanes           # for sum_columns
     char* mass
     char* chain
     char* spare
@@ -67,6 +68,7 @@ cdef inline void take_tile(
     tiles.chain = tiles.mass + size
     tiles.spare = tiles.chain + size
     tiles.terms = tiles.spare + size
+    tiles.lanes = <double*>(tiles.terms + size)
     load_tile(batch, own, &tiles, first, n, like)
     find_maxima(own, <const floating*>tiles.z, batch.n_classes, n)
     exp_tile(batch, own, <const floating*>tiles.z, <floating*>tiles.terms, first, n)
@@ -76,8 +78,8 @@ cdef inline void take_tile(
     drop_maxima(own, <floating*>tiles.terms, n)
     if batch.entropy != NULL:
         multiply_below(own, <floating*>tiles.terms, <floating*>tiles.z, <floating*>tiles.spare, batch.n_classes, n)
-        sum_tile(<floating*>tiles.spare, &tiles, batch.n_classes, n, own.spread)
-    sum_columns(<floating*>tiles.terms, batch.n_classes, n, &own.rows)
+        sum_columns(<floating*>tiles.spare, batch.n_classes, n, tiles.lanes, own.spread)
+    sum_columns(<floating*>tiles.terms, batch.n_classes, n, tiles.lanes, own.rows.others)
     finish_rows(&own.rows, n)
     settle(batch, own, first, n)
     if batch.out != NULL or batch.hess != NULL:
@@ -150,16 +152,12 @@ cdef inline void exp_tile(
     cdef floating[BLOCK_ROWS] magic
     cdef const floating* column
     cdef floating* terms_of_class
-    cdef double maximum
     cdef Py_ssize_t c, r
     cdef ExpWindow window
     for r in range(n):
-        maximum = own.maximum[r]
-        window = exp_window(z, shift_for(z, maximum if fabs(maximum) <= exp_limit(z) else 0.0), 0.0)
-        window.offset = 0.0 if fabs(maximum) <= exp_limit(z) else maximum
-        window.offset = NAN if fabs(maximum) == INFINITY else window.offset
+        window = window_below(z, own.maximum[r])
         own.rows.shift[r] = window.shift
-        own.rows.z_target[r] = maximum - window.offset
+        own.rows.z_target[r] = own.maximum[r] - window.offset
         offset[r] = <floating>window.offset
         low[r] = <floating>window.low
         high[r] = <floating>window.high
@@ -196,29 +194,6 @@ cdef inline void drop_maxima(Own* own, floating* terms, Py_ssize_t n) noexcept n
             own.maximum[r] = 0.0
 
 
-# The sums over the classes of a tile, one a row, in the lanes of sum_columns.
-cdef inline void sum_tile(
-    const floating* tile, const Tiles* tiles, Py_ssize_t n_classes, Py_ssize_t n, double* sums
-) noexcept nogil:
-    cdef double* lanes = <double*>(<floating*>tiles.terms + BLOCK_ROWS * n_classes)
-    cdef double* lane
-    cdef const floating* column
-    cdef Py_ssize_t c, r
-    memset(lanes, 0, BLOCK_ROWS * COLUMN_LANES * sizeof(double))
-    for c in range(n_classes):
-        lane = lanes + c % COLUMN_LANES * BLOCK_ROWS
-        column = tile + c * BLOCK_ROWS
-        for r in range(n):
-            lane[r] += column[r]
-    for r in range(n):
-        sums[r] = (
-            (lanes[r] + lanes[4 * BLOCK_ROWS + r]) + (lanes[BLOCK_ROWS + r] + lanes[5 * BLOCK_ROWS + r])
-        ) + (
-            (lanes[2 * BLOCK_ROWS + r] + lanes[6 * BLOCK_ROWS + r])
-            + (lanes[3 * BLOCK_ROWS + r] + lanes[7 * BLOCK_ROWS + r])
-        )
-
-
 # products = tile * (z_m - z).
 cdef inline void multiply_below(
     const Own* own, const floating* tile, const floating* z, floating* products, Py_ssize_t n_classes, Py_ssize_t n
@@ -230,7 +205,7 @@ cdef inline void multiply_below(
     for c in range(n_classes):
         i = c * BLOCK_ROWS
         for r in range(n):
-            products[i + r] = below(tile[i + r], maximum[r], z[i + r])
+            products[i + r] = product(tile[i + r], maximum[r], z[i + r])
 
 
 cdef inline void add_dense_mass(
@@ -242,15 +217,17 @@ cdef inline void add_dense_mass(
     cdef Py_ssize_t c, r, top
     load_mass(batch, own, mass, first, n, like)
     multiply_below(own, mass, <floating*>tiles.z, spare, batch.n_classes, n)
-    sum_tile(spare, tiles, batch.n_classes, n, own.linear)
+    sum_columns(spare, batch.n_classes, n, tiles.lanes, own.linear)
     for r in range(n):
         if fabs(own.maximum[r]) > exp_limit(like):
-            own.linear[r] = sum_far_below(mass + r, <floating*>tiles.z + r, own.maximum[r], batch.n_classes)
+            own.linear[r] = sum_far_below(
+                mass + r, <floating*>tiles.z + r, own.maximum[r], batch.n_classes, BLOCK_ROWS
+            )
     if batch.probability != NULL:
         for c in range(batch.n_classes):
             for r in range(n):
                 spare[c * BLOCK_ROWS + r] = mass[c * BLOCK_ROWS + r] * terms[c * BLOCK_ROWS + r]
-        sum_tile(spare, tiles, batch.n_classes, n, own.hit)
+        sum_columns(spare, batch.n_classes, n, tiles.lanes, own.hit)
         for r in range(n):
             own.largest_mass[r] = 0.0
             for c in range(batch.n_classes):
@@ -262,19 +239,10 @@ cdef inline void add_dense_mass(
     for r in range(n):
         top = own.argmax[r] if own.argmax[r] > 0 else 0
         mass[top * BLOCK_ROWS + r] = 0
-    sum_tile(mass, tiles, batch.n_classes, n, own.mass)
+    sum_columns(mass, batch.n_classes, n, tiles.lanes, own.mass)
     for r in range(n):
         top = own.argmax[r] if own.argmax[r] > 0 else 0
         mass[top * BLOCK_ROWS + r] = <floating>own.mass_at_maximum[r]
-
-
-cdef inline double sum_far_below(const floating* a, const floating* z, double top, Py_ssize_t n_classes) noexcept nogil:
-    cdef double total = 0.0
-    cdef Py_ssize_t c
-    for c in range(n_classes):
-        if a[c * BLOCK_ROWS] != 0:
-            total += 2.0 * (a[c * BLOCK_ROWS] * (0.5 * top - 0.5 * z[c * BLOCK_ROWS]))
-    return total
 
 
 # The tile of dense mass; whatever in rows that are not looked at.
@@ -413,10 +381,9 @@ cdef inline bint is_plain_row(const Own* own, Py_ssize_t r, const floating* like
 cdef inline void correct_tile(
     const Batch* batch, Own* own, const Tiles* tiles, floating* results, Py_ssize_t first, Py_ssize_t n
 ) noexcept nogil:
-    cdef Scratch* rows = &own.rows
     cdef const floating* chain = <const floating*>tiles.chain
     cdef Py_ssize_t c, r, i, index
-    cdef double a, pull
+    cdef double a
     for r in range(n):
         if own.argmax[r] < 0:
             continue
@@ -425,9 +392,7 @@ cdef inline void correct_tile(
             if a != 0.0:
                 index = index * BLOCK_ROWS + r
                 results[index] = <floating>(results[index] - a * own.factor[r])
-        pull = (own.mass[r] + own.steepness[r]) * (rows.at_target[r] * rows.inverse[r])
-        pull -= own.mass_at_maximum[r] * miss_of(rows.others[r], rows.at_target[r])
-        results[own.argmax[r] * BLOCK_ROWS + r] = <floating>(pull * own.factor[r])
+        results[own.argmax[r] * BLOCK_ROWS + r] = <floating>pull_at_maximum(own, r)
     if batch.transform.cap != 0.0:
         for c in range(batch.n_classes):
             for r in range(n):
