@@ -5,7 +5,7 @@ from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, pose
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
 
-MEAN, SUM = "mean", "sum"
+MEAN, SUM, NONE = "mean", "sum", "none"
 # Defaults by name, so that a call without options is told by identity.
 NO_SMOOTHING = 0.0
 NO_SCALE = 1.0
@@ -139,7 +139,7 @@ def cross_entropy(
     if may_be_plain(axis, softcap, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, None, False, None, False, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, None,
+            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, None,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
@@ -154,7 +154,7 @@ def cross_entropy(
 
 def may_be_plain(axis, softcap, reduction):
     """Return whether the short way may be tried: by identity, what only compares equal goes through the checks."""
-    return axis is AXIS and softcap is None and (reduction is MEAN or reduction is SUM)
+    return axis is AXIS and softcap is None and (reduction is MEAN or reduction is SUM or reduction is NONE)
 
 
 def cross_entropy_with_grad(
@@ -236,7 +236,7 @@ def cross_entropy_with_grad(
     if may_be_plain(axis, softcap, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, out, True, None, False, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, grad_output,
+            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
@@ -327,7 +327,7 @@ def cross_entropy_with_grad_hess(
     if may_be_plain(axis, softcap, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, out, True, hess_out, True, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction is MEAN, denominator, num_threads, grad_output,
+            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:

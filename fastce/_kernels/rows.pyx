@@ -23,7 +23,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
 
@@ -424,10 +424,10 @@ cdef void fill_batch(
 # been written.
 def plain_cross_entropy(
     logits, targets, out, bint with_grad, hess, bint with_hess, weight, sample_weight, ignore_index, label_smoothing,
-    logit_scale, z_loss, class_mask, bint mean, denominator, num_threads, grad_output, Py_ssize_t serial_elements,
+    logit_scale, z_loss, class_mask, str reduction, denominator, num_threads, grad_output, Py_ssize_t serial_elements,
     choose_threads,
 ):
-    """Return (mean or sum of the losses, gradient or None) and, `with_hess`, the Hessian, or None if it is not plain.
+    """Return (reduced losses, gradient or None) and, `with_hess`, the Hessian, or None if the call is not plain.
 
     `serial_elements` is the size from which on `choose_threads` is called, unless `num_threads` are given.
     """
@@ -436,7 +436,8 @@ def plain_cross_entropy(
     cdef int64_t ignored
     cdef int threads = 1, overflow = 0
     cdef int kind
-    cdef double divisor, total
+    cdef bint mean = reduction == "mean"
+    cdef double divisor
     cdef char* memory
     if not is_plain(logits, 2) or not is_plain(targets, 1) or type(ignore_index) is not int:
         return None
@@ -508,13 +509,26 @@ def plain_cross_entropy(
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
         batch.hess = <char*>cnp.PyArray_DATA(hess) if with_hess else NULL
         batch.out_stride = batch.hess_stride = batch.logits_stride
+        losses = cnp.PyArray_EMPTY(1, cnp.PyArray_DIMS(targets), kind, 0) if reduction == "none" else None
         take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
-        total = pairwise_sum(batch.losses, n_rows)
-        if mean:
-            total /= divisor
-        return (total, out, hess) if with_hess else (total, out)
+        if losses is None:
+            losses = pairwise_sum(batch.losses, n_rows) / (divisor if mean else 1.0)
+        else:
+            copy_losses(losses, batch.losses, n_rows)
+        return (losses, out, hess) if with_hess else (losses, out)
     finally:
         free(memory)
+
+
+cdef void copy_losses(cnp.ndarray place, const double* losses, Py_ssize_t n) noexcept:
+    cdef float* narrow
+    cdef Py_ssize_t i
+    if cnp.PyArray_TYPE(place) == cnp.NPY_FLOAT64:
+        memcpy(cnp.PyArray_DATA(place), losses, n * sizeof(double))
+    else:
+        narrow = <float*>cnp.PyArray_DATA(place)
+        for i in range(n):
+            narrow[i] = <float>losses[i]
 
 
 cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcept:
