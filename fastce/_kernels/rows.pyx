@@ -3,7 +3,7 @@
 Compiled once per CPU target (setup.py), float32 and float64 from one text. The kernels know pointers, lengths and
 numbers and trust them: class ids are in range or -1 (an ignored row, whose logits are never read); rows are contiguous,
 aligned and native. They are small.pxd, medium.pxd and large.pxd by the number of classes, and split.pxd; lanes.pxd
-sums, vexp.pxd has the exponential, block.pxd what all rows share.
+sums, vexp.pxd has the exponential, staged.pxd transforms logits, block.pxd has what all rows share.
 
 With t the row's class and e_j = e^(z_j) * 2^-shift for some integer shift (vexp.pxd):
 
@@ -12,6 +12,16 @@ With t the row's class and e_j = e^(z_j) * 2^-shift for some integer shift (vexp
     loss   = -log1p(-others/S)         where p_t >= 1/2: keeps every digit of a tiny loss
            = log(S) + shift*ln2 - z_t  elsewhere, where it is at least log 2 and nothing cancels
     grad_j = e_j * (scale/S),  grad_t = -(others/S) * scale, never p_t - 1
+
+Options are numbers: with z the scaled logits, -inf where a mask says so, share = smoothing/C and zeta = z_loss
+
+    lse    = loss + z_t                what the row's sum is without the target
+    loss  += share * sum(z_t - z_c) + zeta * lse^2
+    grad_j = e_j * (1 + 2 zeta lse)(scale/S) - scale * share
+    hess_j = p_j ((1 + 2 zeta lse)(1 - p_j) + 2 zeta p_j)
+
+The sum of differences may be negative, but with smoothing <= 1/2 neither part is larger than twice the loss; its own
+rounding is 5 u. A softmax is a gradient without a target: any class may set the scale.
 
 Rounding in units of u = 2^-24 (2^-53): e_j 1.2; S 1.2 and 3 for its sum (three levels of additions in the dtype, then
 float64, compensated for float64 rows); scale/S 1; the product 1. Together 7.4 u = 4.4e-7 (8.2e-16). Every sum has a
@@ -72,8 +82,7 @@ cnp.import_array()
 watch_forks()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
-# Up to here class ids may be smoothed on these kernels: a row's loss is log(S/e_t) + share * sum(z_t - z_c), whose
-# second part may be negative, but is no larger than smoothing / (1 - smoothing) of the loss.
+# Up to here class ids may be smoothed on these kernels: beyond it the two parts of the loss may cancel.
 MOST_SMOOTHING = 0.5
 
 cdef enum:

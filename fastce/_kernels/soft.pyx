@@ -1,5 +1,4 @@
-"""The compiled entry points for rows with options: soft targets, class masks, transformed logits, Hessians, statistics
-and activations.
+"""The compiled entry points for general rows: soft targets, whatever options go with them, statistics, log-softmax.
 
 Compiled once per CPU target (setup.py), like rows.pyx, whose rows this is the general form of. With z the transformed
 logits (staged.pxd), a_c the target's mass at class c and m the class of the largest logit:
