@@ -10,6 +10,7 @@ from fastce.targets import SparseTargets
 
 AXIS = -1
 IGNORE_INDEX = _checks.DEFAULT_IGNORED
+NEUTRAL = {"logit_scale": 1.0, "smoothing": 0.0, "z_loss": 0.0}
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Problem:
     def plain_options(self):
         """Return the options of class ids that are numbers to their kernels, without those that do nothing."""
         options = {"logit_scale": self.logit_scale, "smoothing": self.smoothing, "z_loss": self.z_loss}
-        return {name: value for name, value in options.items() if value != (name == "logit_scale")}
+        return {name: value for name, value in options.items() if value != NEUTRAL[name]}
 
     def is_plain(self):
         """Return whether the kernels for class ids will do: with the few options that are only numbers to them."""

@@ -297,3 +297,7 @@ def test_keepdims_is_a_bool():
         with pytest.raises(TypeError, match="keepdims"):
             fastce.logsumexp(np.zeros((2, 3)), keepdims=value)
     assert fastce.logsumexp(np.zeros((2, 3)), keepdims=np.True_).shape == (2, 1)
+
+
+def test_the_softmax_of_one_class_is_exactly_one(dtype, rng):
+    np.testing.assert_array_equal(fastce.softmax(rng.normal(0, 30, (1000, 1)).astype(dtype)), 1)

@@ -102,6 +102,20 @@ def test_a_class_that_leads_without_being_the_target_keeps_its_curvature(classes
     np.testing.assert_allclose(hessian, np.broadcast_to(expected, 2), rtol=2 * bound, atol=share)
 
 
+def test_a_leading_class_that_its_gradients_hide_is_within_the_bound(dtype):
+    # Smoothing beside a gradient factor 1 + 2 z_loss lse that nearly vanishes; a gradient that overflows.
+    row = np.array([-8.0, 0, -8])
+    row = (row - np.log(np.exp(row).sum()) - 1 + 1e-3)[None].astype(dtype)
+    options = {"z_loss": 0.5, "label_smoothing": 0.5}
+    expected = fastce.reference.cross_entropy_with_grad_hess(row, [0], **options)[2]
+    np.testing.assert_allclose(row_results(row, [0], **options)[2], expected, rtol=0, atol=GRADIENT_BOUND[dtype.name])
+    logits = np.zeros((1, 4), np.float32)
+    logits[0, 1] = 6000
+    factors = {"logit_scale": 1e-3, "grad_output": np.array([1e42])}
+    expected = fastce.reference.cross_entropy_with_grad_hess(logits, [0], reduction="none", **factors)[2]
+    np.testing.assert_allclose(row_results(logits, [0], **factors)[2], expected, rtol=1e-5)
+
+
 def test_the_loss_has_the_bits_of_the_loss_alone(dtype, rng):
     for classes in (2, 3, 10, 33, 97, 1000, 5000):
         logits = rng.normal(0, 3, (30, classes)).astype(dtype)
@@ -196,6 +210,14 @@ def test_special_rows(dtype):
     np.testing.assert_array_equal(losses, [nan, nan, nan, inf, 0, 0, 0])
     np.testing.assert_array_equal(gradient, [[nan] * 3] * 3 + [[-1, 0.5, 0.5]] + [[0, 0, 0]] * 3)
     np.testing.assert_array_equal(hessian, [[nan] * 3] * 3 + [[0, 0.25, 0.25]] + [[0, 0, 0]] * 3)
+
+
+def test_masked_classes_have_none_whatever_the_factors(dtype):
+    for factors in ({"logit_scale": 1e10, "grad_output": 1e290}, {"z_loss": 1e300, "grad_output": 1e10}):
+        logits = np.full((1, 4), -np.log(3), dtype)
+        mask = [True, True, False, True]
+        hessian = fastce.cross_entropy_with_grad_hess(logits, [0], class_mask=mask, reduction="sum", **factors)[2]
+        assert hessian[0, 2] == 0
 
 
 def test_masked_classes_have_none_even_in_nan_rows(dtype):

@@ -1025,6 +1025,15 @@ def test_masked_classes_do_not_exist_whatever_their_logits(dtype, rng):
             assert not got[1][~mask].any() and not got[2][~mask].any()
 
 
+def test_any_byte_but_zero_shows_a_class(dtype):
+    logits = np.zeros((2, 3), dtype)
+    for row_mask in ([[2, 2, 0], [2, 128, 255]], [[4, 1, 0], [128, 1, 0]]):
+        mask = np.array(row_mask, np.uint8).view(bool)
+        for options in ({}, {"label_smoothing": 0.1}, {"softcap": 2.0}):
+            got = fastce.cross_entropy(logits, [0, 1], class_mask=mask, reduction="none", **options)
+            np.testing.assert_allclose(got, np.log(np.count_nonzero(np.array(row_mask), axis=1)), rtol=1e-6)
+
+
 def test_a_mask_equals_taking_the_classes_out(dtype, rng):
     logits = rng.normal(0, 3, (5, 40)).astype(dtype)
     mask = np.arange(40) % 3 != 1
@@ -1159,6 +1168,16 @@ def test_the_gradient_of_z_loss_is_not_weighted_by_class(rng):
     with_z = fastce.cross_entropy_with_grad(logits, ids, weight=w, z_loss=0.2, reduction="none")
     np.testing.assert_allclose(with_z[0] - plain[0], 0.2 * lse[:, 0] ** 2, rtol=1e-12)
     np.testing.assert_allclose(with_z[1] - plain[1], 0.4 * lse * p, rtol=1e-10)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 120, 5000])
+def test_gradients_below_the_least_number_are_zero(classes, dtype):
+    weights = np.array([1, 1e-300, 1e-320])
+    for options in ({}, {"z_loss": 0.1}, {"logit_scale": 0.1}, {"label_smoothing": 0.1}):
+        gradient = fastce.cross_entropy_with_grad(
+            np.zeros((3, classes), dtype), [0, 1, 2], sample_weight=weights, reduction="sum", **options
+        )[1]
+        assert np.isfinite(gradient).all() and (np.abs(gradient[1:]) <= 1e-300).all()
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.7, 1e-3, 30.0, 1 + 1e-9])

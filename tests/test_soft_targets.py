@@ -382,3 +382,13 @@ def test_optax_s_smoothing_over_unmasked_classes_agrees(optax, rng):
     for targets in (np.zeros(6, int), one_hot(np.zeros(6, int), 9), sparse(np.zeros(6, int))):
         losses, _ = rows_of(logits, targets, class_mask=mask, label_smoothing=0.2)
         np.testing.assert_allclose(losses, theirs, rtol=1e-12)
+
+
+def test_sums_of_masses_may_exceed_float32():
+    for classes in (90, 200, 5000):
+        logits, masses = np.zeros((1, classes), np.float32), np.full((1, classes), 1e38, np.float32)
+        total = masses.sum(dtype=float)
+        assert fastce.cross_entropy(logits, masses) == pytest.approx(total * np.log(classes))
+        logits[0, 1:] = -3e38
+        expected = 2.0 * (classes - 1) * float(np.float32(3e38))
+        assert fastce.cross_entropy(logits, np.full_like(masses, 2)) == pytest.approx(expected)

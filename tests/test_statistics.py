@@ -336,3 +336,13 @@ def test_weights_and_reductions_are_no_options():
     for name in ("weight", "sample_weight", "reduction", "label_smoothing", "z_loss", "out"):
         with pytest.raises(TypeError, match=name):
             fastce.cross_entropy_stats(np.zeros((2, 3)), [0, 1], **{name: None})
+
+
+@pytest.mark.parametrize("classes", [129, 133, 257, 1000, 4100])
+def test_the_probability_of_soft_targets_counts_every_class_once(classes, dtype):
+    # The largest logit where the last vector of a row overlaps the one before.
+    uniform = np.full((16, classes), 1 / classes, dtype)
+    logits = np.zeros((16, classes), dtype)
+    last = classes // 128 * 128
+    logits[np.arange(16), last - 16 + np.arange(16)] = 8
+    np.testing.assert_allclose(fastce.cross_entropy_stats(logits, uniform).probability, 1 / classes, rtol=2e-6)

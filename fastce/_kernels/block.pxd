@@ -105,7 +105,7 @@ cdef struct Pending:
     char* hess              # of the Hessian, or NULL
     bint stream_hess
     Curve curve
-    int n_leading           # classes with most of the probability that were met on the way: at most 1
+    int n_leading           # whether a class has most of the probability; the target may count as well
 
 
 cdef inline Pending nothing_pending() noexcept nogil:
@@ -252,7 +252,7 @@ cdef inline void scale_terms(
             out[j] = <floating>(((terms[j] * power) * rest - share) * rows.scale[r])
     elif floating is float:
         power = double_of_bits(bits_of_double(factor) & <uint64_t>0x7ff0000000000000)
-        rest = <float>(factor / power) * power if power < INFINITY else factor
+        rest = <float>(factor / power) * power if 0.0 < power < INFINITY else factor
         for j in range(n):
             out[j] = <float>(terms[j] * rest)
     else:
@@ -391,7 +391,7 @@ cdef inline Curve curve_of(const Batch* batch, const Scratch* rows, Py_ssize_t r
     cdef Curve curve
     curve.inverse = rows.inverse[r]
     curve.curved = scale * (1.0 + rows.steep[r])
-    curve.squared = 2.0 * batch.options.z_loss * scale
+    curve.squared = 0.0 if batch.options.z_loss == 0.0 else 2.0 * batch.options.z_loss * scale
     curve.bend = curve.squared - curve.curved
     return curve
 
@@ -447,7 +447,7 @@ cdef inline double curve_at_target(const Curve* curve, const Scratch* rows, Py_s
 
 
 # The Hessian at the class that leads without being the target: 1 - p is what all others have together, which their
-# gradients tell.
+# gradients tell, unless smoothing hides them or they leave the dtype's normal numbers.
 cdef inline void curve_leader(
     const Batch* batch, const Scratch* rows, Py_ssize_t row, Py_ssize_t r, const Curve* curve, const floating* like
 ) noexcept nogil:
@@ -458,10 +458,14 @@ cdef inline void curve_leader(
     cdef double largest = 0.0, p, miss
     cdef double[2] rest
     cdef Py_ssize_t j, leader = -1
+    if batch.options.share > 0.25 * fabs(1.0 + rows.steep[r]) or not is_normal_row(grad, rows, r, batch.options.share):
+        return
     rest[0] = rows.at_target[r] * curve.inverse
     rest[1] = 0.0
     for j in range(batch.n_classes):
         p = (grad[j] + shift) * factor if j != batch.ids[row] else 0.0
+        if not fabs(p) < 2.0:
+            return
         if p > 0.5:
             leader = j
             largest = p
@@ -477,7 +481,7 @@ cdef inline void curve_leader(
 cdef inline double pull_of(const Batch* batch, const Scratch* rows, Py_ssize_t r, double miss) noexcept nogil:
     cdef double kept = batch.options.smoothing - batch.options.share
     if batch.is_softmax:
-        return rows.at_target[r] * rows.inverse[r]
+        return 1.0 if rows.others[r] == 0.0 else rows.at_target[r] * rows.inverse[r]
     return 0.0 - ((miss - kept) - rows.steep[r] * (rows.at_target[r] * rows.inverse[r])) * rows.scale[r]
 
 
@@ -501,7 +505,7 @@ cdef inline void pull_target(
         if n_leading:
             curve_leader(batch, rows, first + r, r, &curve, like)
         if mask != NULL:
-            hide_classes(mask, hess, batch.n_classes, rows, r, t)
+            hide(mask, hess, batch.n_classes)
 
 
 # An ignored row has neither.

@@ -54,7 +54,7 @@ cdef struct Batch:
 cdef struct Own:
     Scratch rows
     double[BLOCK_ROWS] maximum
-    double[BLOCK_ROWS] mass             # A - a_m: mass is added up without the largest logit's, never subtracted
+    double[BLOCK_ROWS] mass             # A - a_m
     double[BLOCK_ROWS] mass_at_maximum  # a_m
     double[BLOCK_ROWS] linear           # sum a_c (z_m - z_c)
     double[BLOCK_ROWS] spread           # sum e_c (z_m - z_c)
@@ -123,6 +123,16 @@ cdef inline double entry_mass(const Batch* batch, Py_ssize_t row, Py_ssize_t ind
         if other == index:
             total += a
     return total
+
+
+# sum of a_c where sums in the dtype overflow.
+cdef inline double sum_far(const floating* a, Py_ssize_t n) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        add_chunk(total, a[i])
+    return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
 # The gradient at the largest logit: from the others where all mass is there.

@@ -59,7 +59,8 @@ cdef inline void exp_terms(const floating* x, floating* terms, Py_ssize_t n, con
 
 
 # The terms of a row's last block, rest < SUM_BLOCK elements, filled up with zeros. Its last vector overlaps the one
-# before it: the row has at least LANES elements, and `terms` has LANES of slack in front.
+# before it: the row has at least LANES elements, and `terms` has LANES of slack in front. A term that was set to 0
+# there comes back.
 cdef inline void exp_last_block(
     const floating* x, floating* terms, Py_ssize_t rest, floating offset, floating low, floating high, floating magic
 ) noexcept nogil:

@@ -192,7 +192,7 @@ cdef void place_limits(Batch* batch, floating* limits) noexcept nogil:
     cdef Py_ssize_t i
     if limits_bytes(batch, limits):
         for i in range(batch.n_classes):
-            limits[i] = limit_of(mask[i] != 0, limits)
+            limits[i] = limit_of(mask[i], limits)
         batch.options.limits = <char*>limits
 
 
@@ -325,7 +325,7 @@ def cross_entropy_rows(
     multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes, `sample_weight` (N,)
     float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
     derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says. `smoothing` (at most
-    1/2) and `z_loss` do not go with `weight`, nor `mask` (N, C) or `common_mask` (C,), bytes of 0 and 1, with
+    1/2) and `z_loss` do not go with `weight`, nor `mask` (N, C) or `common_mask` (C,), as bytes, with
     `smoothing`.
     """
     cdef Batch batch = empty_batch()

@@ -35,7 +35,7 @@ from fastce._kernels.block cimport (
 )
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, larger_of, smaller, sum_limit
 from fastce._kernels.large cimport take_row
-from fastce._kernels.staged cimport Options, far_below, no_options, stage_block
+from fastce._kernels.staged cimport Options, far_below, hide, no_options, stage_block
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_value
 
 cdef extern from "target.h" nogil:
@@ -301,6 +301,7 @@ cdef inline void curve_small_rows(
         inverse[r] = <floating>curve.inverse
         curved[r] = <floating>curve.curved
         bend[r] = <floating>curve.bend
+        # As in is_normal_curve: 1/S is a normal number in every small row.
         magnitude = 1.0 if curve.curved == 0.0 else fabs(curve.curved)
         n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
         magnitude = 1.0 if curve.bend == 0.0 else fabs(curve.bend)
@@ -325,7 +326,7 @@ cdef inline void curve_small_rows(
                 curve = curve_of(batch, rows, r)
                 curve_leader(batch, rows, first + r, r, &curve, hess)
             if batch.options.transform.mask != NULL:
-                hide_classes(mask_of(batch, first + r), hess, n_classes, rows, r, t)
+                hide(mask_of(batch, first + r), hess, n_classes)
         terms += n_classes
 
 

@@ -46,6 +46,7 @@ from fastce._kernels.general cimport (
     mask_of,
     pull_at_maximum,
     settle,
+    sum_far,
     sum_far_below,
 )
 from fastce._kernels.lanes cimport (
@@ -102,7 +103,7 @@ cdef enum:
     KEEP_CLASSES = 65536
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
     GIL_ELEMENTS = 2048     # batches below keep the GIL
-    SLACK_BYTES = 128       # before each buffer of pieces: what sum_chunk writes in front of a short last chunk
+    SLACK_BYTES = 128       # before each buffer of pieces: what exp_last_block writes in front of a short last piece
 
 
 # The pieces of a block of rows (or of one chunk of a long row): pointers into the memory behind Own.
@@ -203,6 +204,8 @@ cdef inline void sum_pieces(
             add_block_products(a, x, maximum, &linear)
         if with_spread:
             add_block_products(terms + start, x, maximum, &spread)
+    if 0 <= top < n:
+        terms[top] = 0      # the last block may have overlapped it
     piece.terms = total_of(&sums)
     piece.mass = total_of(&masses)
     piece.linear = finite_total_of(&linear)
@@ -362,11 +365,13 @@ cdef inline void measure_row(
             at_maximum = piece.at_top
         if dense != NULL:
             # A row of one mass, or none, stays exact.
+            if not piece.mass < INFINITY:
+                piece.mass = sum_far(dense, n)
             add_chunk(mass, piece.mass)
             if 0 <= top < n:
                 own.mass_at_maximum[r] += dense[top]
                 add_chunk(mass, -dense[top])
-            if fabs(own.maximum[r]) > exp_limit(like):
+            if fabs(own.maximum[r]) > exp_limit(like) or not piece.linear < INFINITY:
                 piece.linear = sum_far_below(dense, z, own.maximum[r], n, 1)
             add_chunk(linear, piece.linear)
             if batch.probability != NULL:

@@ -16,7 +16,6 @@ from fastce._kernels.lanes cimport (
 )
 from fastce._kernels.vexp cimport (
     ExpWindow,
-    bits_of_float,
     double_of_bits,
     exp_shifted,
     exp_window,
@@ -100,9 +99,9 @@ cdef inline void stage_logits(
 # becomes infinity, which makes the same of its row.
 cdef inline floating limit_of(uint8_t shown, const floating* like) noexcept nogil:
     if floating is float:
-        return float_of_bits(<uint32_t>0xff800000 ^ (<uint32_t>shown << 31))
+        return float_of_bits(<uint32_t>0xff800000 ^ ((0 - <uint32_t>shown) & <uint32_t>0x80000000))
     else:
-        return double_of_bits(<uint64_t>0xfff0000000000000 ^ (<uint64_t>shown << 63))
+        return double_of_bits(<uint64_t>0xfff0000000000000 ^ ((0 - <uint64_t>shown) & <uint64_t>0x8000000000000000))
 
 
 cdef inline floating lesser(floating z, floating limit) noexcept nogil:

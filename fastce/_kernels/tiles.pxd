@@ -1,7 +1,7 @@
 """Short general rows, a tile at a time: class by class, so that a vector holds one class of many rows."""
 
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from fastce._kernels.block cimport BLOCK_ROWS, Scratch, finish_rows, is_normal, miss_of
@@ -29,11 +29,9 @@ from fastce._kernels.vexp cimport (
     bits_of_double,
     double_of_bits,
     exp_shifted,
-    exp_window,
     floating,
     multiply_add_double,
     multiply_add_float,
-    shift_for,
 )
 
 cdef enum:
@@ -219,7 +217,7 @@ cdef inline void add_dense_mass(
     multiply_below(own, mass, <floating*>tiles.z, spare, batch.n_classes, n)
     sum_columns(spare, batch.n_classes, n, tiles.lanes, own.linear)
     for r in range(n):
-        if fabs(own.maximum[r]) > exp_limit(like):
+        if fabs(own.maximum[r]) > exp_limit(like) or not own.linear[r] < INFINITY:
             own.linear[r] = sum_far_below(
                 mass + r, <floating*>tiles.z + r, own.maximum[r], batch.n_classes, BLOCK_ROWS
             )
