@@ -217,7 +217,8 @@ def cross_entropy_with_grad(
     Notes
     -----
     Every entry with p >= 2^-126 (float32) is within 4.8e-7 of the exact value, relatively, also at the target; for
-    soft targets, whose terms have both signs, relatively to the sum of their magnitudes; float64 within 2e-15. Special
+    soft targets, smoothing and z_loss, whose terms have both signs, relatively to the sum of their magnitudes, with a
+    log-sum-exp of at least 1; float64 within 2e-15. Special
     rows: nan, +inf or all -inf make the whole row nan and touch no other; a logit of -inf has p = 0; a target at -inf
     has -1. The gradient of a mean over a denominator of 0 is 0.
 
@@ -291,7 +292,7 @@ def cross_entropy_with_grad_hess(
     out, hess_out : ndarray, optional
         Buffers for gradient and Hessian, of logits' shape, with any strides and in any floating dtype: float32 in
         Fortran order, as boosting libraries want it, goes with float64 scores; the numbers are rounded once more.
-        `out` may be `logits` itself.
+        One of them may be `logits` itself.
 
     Returns
     -------
