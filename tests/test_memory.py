@@ -1,0 +1,17 @@
+"""No kernel reads or writes beyond the arrays it is given."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastce
+
+GUARDED = Path(__file__).with_name("guarded.py")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages by Linux's own mprotect")
+@pytest.mark.parametrize("target", fastce.build_info()["available_targets"])
+def test_nothing_beyond_an_array_is_touched(target, run_python):
+    done = run_python(str(GUARDED), FASTCE_TARGET=target, timeout=300)
+    assert done.stdout.endswith("safe\n")
