@@ -105,4 +105,5 @@ def extensions():
     return built
 
 
-setup(ext_modules=extensions())
+# The modules are compiled side by side, as many as there are processors.
+setup(ext_modules=extensions(), options={"build_ext": {"parallel": True}})
