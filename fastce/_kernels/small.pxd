@@ -14,7 +14,6 @@ from fastce._kernels.block cimport (
     Scratch,
     add_options,
     curve_at_target,
-    curve_leader,
     curve_of,
     curve_normal_terms,
     curve_terms,
@@ -281,7 +280,7 @@ cdef inline void write_small_rows(
 
 # Their Hessians, in the same way.
 cdef inline void curve_small_rows(
-    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* terms
+    const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes, n_vectors = (n_classes + LANES - 1) // LANES
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
@@ -322,21 +321,33 @@ cdef inline void curve_small_rows(
             memset(hess, 0, n_classes * sizeof(floating))
         else:
             hess[t] = at_target[r]
-            if rows.largest_part[r] * rows.inverse[r] > 0.75 and has_leader(terms, n_classes, inverse[r]):
+            if rows.largest_part[r] * rows.inverse[r] > 0.75:
                 curve = curve_of(batch, rows, r)
-                curve_leader(batch, rows, first + r, r, &curve, hess)
+                curve_small_leader(hess, terms, n_classes, t, rows.at_target[r], &curve)
             if batch.options.transform.mask != NULL:
                 hide(mask_of(batch, first + r), hess, n_classes)
         terms += n_classes
 
 
-cdef inline bint has_leader(const floating* terms, Py_ssize_t n, floating inverse) noexcept nogil:
-    cdef floating most = 0.75
-    cdef Py_ssize_t j
-    for j in range(n):
-        if terms[j] * inverse > most:
-            return True
-    return False
+# What curve_leader does for longer rows, from the terms: the other classes' are summed. The target's is put to 0.
+cdef inline void curve_small_leader(
+    floating* hess, floating* terms, Py_ssize_t n_classes, Py_ssize_t t, double at_target, const Curve* curve
+) noexcept nogil:
+    cdef double[SMALL_LANES] lanes
+    cdef double p, miss
+    cdef Py_ssize_t leader = 0
+    terms[t] = 0
+    while leader < n_classes and not terms[leader] * curve.inverse > 0.75:
+        leader += 1
+    if leader == n_classes:
+        return
+    if floating is float:
+        sum_lanes_float(terms, n_classes, leader, lanes)
+    else:
+        sum_lanes_double(terms, n_classes, leader, lanes)
+    miss = (((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + at_target) * curve.inverse
+    p = terms[leader] * curve.inverse
+    hess[leader] = <floating>(p * (curve.curved * miss + curve.squared * p))
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:
