@@ -5,11 +5,8 @@ from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, pose
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
 
+# By name, so that a default is told by identity.
 MEAN, SUM, NONE = "mean", "sum", "none"
-# Defaults by name, so that a call without options is told by identity.
-NO_SMOOTHING = 0.0
-NO_SCALE = 1.0
-NO_Z_LOSS = 0.0
 
 
 def cross_entropy(
@@ -20,10 +17,10 @@ def cross_entropy(
     weight=None,
     sample_weight=None,
     ignore_index=IGNORE_INDEX,
-    label_smoothing=NO_SMOOTHING,
-    logit_scale=NO_SCALE,
+    label_smoothing=0.0,
+    logit_scale=1.0,
     softcap=None,
-    z_loss=NO_Z_LOSS,
+    z_loss=0.0,
     class_mask=None,
     reduction=MEAN,
     denominator=None,
@@ -165,10 +162,10 @@ def cross_entropy_with_grad(
     weight=None,
     sample_weight=None,
     ignore_index=IGNORE_INDEX,
-    label_smoothing=NO_SMOOTHING,
-    logit_scale=NO_SCALE,
+    label_smoothing=0.0,
+    logit_scale=1.0,
     softcap=None,
-    z_loss=NO_Z_LOSS,
+    z_loss=0.0,
     class_mask=None,
     reduction=MEAN,
     denominator=None,
@@ -218,9 +215,9 @@ def cross_entropy_with_grad(
     -----
     Every entry with p >= 2^-126 (float32) is within 4.8e-7 of the exact value, relatively, also at the target; for
     soft targets, smoothing and z_loss, whose terms have both signs, relatively to the sum of their magnitudes, with a
-    log-sum-exp of at least 1; float64 within 2e-15. Special
-    rows: nan, +inf or all -inf make the whole row nan and touch no other; a logit of -inf has p = 0; a target at -inf
-    has -1. The gradient of a mean over a denominator of 0 is 0.
+    log-sum-exp of at least 1; float64 within 2e-15. Special rows: nan, +inf or all -inf make the whole row nan and
+    touch no other; a logit of -inf has p = 0; a target at -inf has -1. The gradient of a mean over a denominator of 0
+    is 0.
 
     Examples
     --------
@@ -260,10 +257,10 @@ def cross_entropy_with_grad_hess(
     weight=None,
     sample_weight=None,
     ignore_index=IGNORE_INDEX,
-    label_smoothing=NO_SMOOTHING,
-    logit_scale=NO_SCALE,
+    label_smoothing=0.0,
+    logit_scale=1.0,
     softcap=None,
-    z_loss=NO_Z_LOSS,
+    z_loss=0.0,
     class_mask=None,
     reduction=MEAN,
     denominator=None,
