@@ -3,10 +3,13 @@
 Environment at build time:
     FASTCE_OPENMP=auto|on|off   auto (default) probes the compiler and builds serial, with a message, if it has none
     FASTCE_DEBUG_CHECKS=1       turn Cython's own checks of bounds and None back on
+    FASTCE_MODULES=rows_v3,...  build these modules alone (tests/torture/planted_faults.py)
+    FASTCE_OPTIMIZATION=-O2     another level than -O3 (.ci/sanitize, where that takes three times as long to compile)
 """
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("fastce/_kernels")
 SOURCES = ("rows", "soft", "binary")  # each compiled once per target
@@ -25,9 +29,14 @@ FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 # gcc stops inlining when a file has grown by 40 per cent; an exponential that is called takes its loop out of vectors.
 FLAGS += ["--param", "inline-unit-growth=400"]
+OPTIMIZATION = os.environ.get("FASTCE_OPTIMIZATION", "-O3")  # of two levels the later one counts
 # What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
 # (a baseline that needs the builder's machine) is undone here: these flags come last.
 TARGETS = {"baseline": []}
+# Whoever can overwrite memory of the process finds neither a table of functions to write to nor a stack to run code on.
+# The interpreter's own flags need not say so. Not -fstack-protector-strong, which those may bring (Debian's do): loops
+# lose nothing by it, but calls of one or two short rows 2 to 10 per cent.
+LINK_FLAGS = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"] if sys.platform == "linux" else []
 if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
     TARGETS = {
         "baseline": ["-march=x86-64", "-mtune=generic"],
@@ -75,9 +84,10 @@ def extension(module, source, target, openmp):
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("FASTCE_OPENMP", "1" if openmp else "0"),
         ],
-        extra_compile_args=[*FLAGS, *TARGETS[target], *openmp],
-        extra_link_args=openmp,
-        depends=["setup.py", str(KERNELS / "target.h"), *map(str, sorted(KERNELS.glob("*.pxd")))],
+        extra_compile_args=[*FLAGS, OPTIMIZATION, *TARGETS[target], *openmp],
+        extra_link_args=[*LINK_FLAGS, *openmp],
+        libraries=["m"] if os.name == "posix" else [],
+        depends=["setup.py", *(str(path) for pattern in ("*.h", "*.pxd") for path in sorted(KERNELS.glob(pattern)))],
     )
 
 
@@ -95,15 +105,33 @@ def extensions():
         "freethreading_compatible": True,
     }
     openmp = openmp_flags()
-    modules = [("cpu", "cpu.pyx", "baseline", [])]
+    modules = [("cpu", "cpu.pyx", "baseline", openmp)]
     modules += [(f"{source}_{target}", f"{source}.pyx", target, openmp) for source in SOURCES for target in TARGETS]
+    wanted = os.environ.get("FASTCE_MODULES")
     built = []
     for module, source, target, flags in modules:
+        if wanted and module not in wanted.split(","):
+            continue
         built += cythonize(
             [extension(module, source, target, flags)], build_dir=f"build/{module}", compiler_directives=directives
         )
     return built
 
 
-# The modules are compiled side by side, as many as there are processors.
-setup(ext_modules=extensions(), options={"build_ext": {"parallel": True}})
+class BuildKernels(build_ext):
+    """Compile the modules side by side, as many as there are processors, and link them without run paths.
+
+    The library folders of the interpreter that builds are not those of the one that imports.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True  # as an option of setup() it would not reach editable installs
+
+    def build_extensions(self):
+        own = {flag for flag in shlex.split(sysconfig.get_config_var("LDSHARED") or "") if "-rpath" in flag}
+        self.compiler.linker_so = [flag for flag in self.compiler.linker_so if flag not in own]
+        super().build_extensions()
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

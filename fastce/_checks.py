@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastce._engine import first_outside, is_mass, kernels, sum_of_entries
+from fastce._engine import BUFFER_ELEMENTS, first_outside, flat_copy, is_mass, kernels, row_blocks, sum_of_entries
 
 INT64_MAX = np.iinfo(np.int64).max
 REDUCTIONS = ("none", "mean", "sum")
@@ -49,7 +49,11 @@ def is_floating(dtype):
 
 
 def as_plain_array(name, value):
-    """Return `value` as a base-class array; a masked array that hides entries is refused."""
+    """Return `value` as a base-class array of our own; a masked array that hides entries is refused.
+
+    It is a view, so its shape, strides and dtype stay as they are checked, whatever is assigned to those of the
+    caller's array in the meantime, by another thread or by the `__array__` of another argument.
+    """
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):
             raise TypeError(
@@ -58,9 +62,18 @@ def as_plain_array(name, value):
             )
         value = value.data
     try:
-        return np.asarray(value)
+        return np.asarray(value).view()
     except ValueError as error:
         raise ValueError(f"{name} must be an array or make one: {error}") from error
+
+
+def shown(value):
+    """Return `value` as text for a message: not all of them can be written, and some are very long."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever the caller's object raises; an int of thousands of digits is a ValueError
+        return f"an object of type {type(value).__name__} that has no repr"
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def position_of(number, shape):
@@ -75,13 +88,13 @@ def as_integer(name, expected, value):
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be {expected}, got {value!r}") from None
+        raise TypeError(f"{name} must be {expected}, got {shown(value)}") from None
 
 
 def as_bool(name, value):
     """Return `value` as a bool; nothing else is one."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -90,7 +103,7 @@ def as_axis(axis, shape):
     ndim = len(shape)
     index = as_integer("axis", "an integer", axis)
     if not -ndim <= index < ndim:
-        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for logits of shape {shape}, got {index}")
+        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for logits of shape {shape}, got {shown(index)}")
     if shape[index] == 0:
         raise ValueError(f"logits must have at least one class, got 0 along axis {index} of shape {shape}")
     return index % ndim
@@ -102,14 +115,14 @@ def as_ignored(ignore_index):
         return DEFAULT_IGNORED_IDS
     if ignore_index is None:
         return np.empty(0, np.int64)
-    if isinstance(ignore_index, np.ndarray):
+    if isinstance(ignore_index, (np.ndarray, memoryview)):
         ignore_index = ignore_index.tolist()
     several = isinstance(ignore_index, Iterable) and not isinstance(ignore_index, (str, bytes, bytearray))
     ignored: list[int] = []
     for value in ignore_index if several else [ignore_index]:
         ignored.append(as_integer("ignore_index", "an integer, a sequence of integers or None", value))
         if not -INT64_MAX - 1 <= ignored[-1] <= INT64_MAX:
-            raise ValueError(f"ignore_index must fit in int64, got {ignored[-1]}")
+            raise ValueError(f"ignore_index must fit in int64, got {shown(ignored[-1])}")
     return np.array(sorted(set(ignored)), dtype=np.int64)
 
 
@@ -131,10 +144,10 @@ def is_empty_list(targets, array):
 
 def as_indices(name, array, shape, n_classes, ignored):
     """Return (private int64 copy of class indices, flat, with ignored ones replaced by -1; how many are not)."""
-    values = array.flatten()  # a copy in any case: from here on nobody else can change the ids
+    values = flat_copy(array, array.dtype)  # from here on nobody else can change the ids
     if values.dtype.kind == "u" and values.dtype.itemsize == 8 and values.size and values.max() > INT64_MAX:
         raise_out_of_range(name, values, shape, n_classes, ignored)
-    ids = values.astype(np.int64, copy=False)
+    ids = values if values.dtype == np.int64 else flat_copy(values, np.int64)
     first_bad, n_live = kernels.encode_ids(ids, n_classes, ignored)
     if first_bad >= 0:
         raise_out_of_range(name, values, shape, n_classes, ignored)
@@ -193,19 +206,24 @@ def raise_out_of_range(name, values, row_shape, n_classes, ignored):
 def check_reduction(reduction):
     """Raise unless `reduction` is one of the three words."""
     if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise TypeError(f"reduction must be one of {REDUCTIONS}, got {shown(reduction)}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {shown(reduction)}")
 
 
 def as_real(name, value):
-    """Return `value` as a float; anything but a real scalar is a TypeError."""
-    array = value if isinstance(value, float) else np.asarray(value)
-    if isinstance(array, np.ndarray):
+    """Return `value` as a float, infinite if it is too large for one; anything but a real scalar is a TypeError."""
+    if isinstance(value, (list, tuple, bool)):
+        raise TypeError(f"{name} must be a real number, got {shown(value)}")
+    if not isinstance(value, (float, int)):
+        array = as_plain_array(name, value)
         if array.ndim or array.dtype.kind not in "iuf":
-            raise TypeError(f"{name} must be a real number, got {value!r}")
+            raise TypeError(f"{name} must be a real number, got {shown(value)}")
         value = array
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def as_denominator(denominator, reduction):
@@ -216,7 +234,7 @@ def as_denominator(denominator, reduction):
     if reduction != "mean":
         raise ValueError(f"denominator goes only with reduction='mean', got reduction={reduction!r}")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"denominator must be finite and > 0, got {denominator!r}")
+        raise ValueError(f"denominator must be finite and > 0, got {shown(denominator)}")
     return value
 
 
@@ -235,36 +253,38 @@ def as_grad_output(grad_output, reduction, row_shape):
     if array.shape != row_shape:
         raise ValueError(f"grad_output must have the rows' shape {row_shape}, got {array.shape}")
     with np.errstate(over="ignore"):
-        return array.astype(np.float64).reshape(-1)
+        return flat_copy(array, np.float64)
 
 
 def check_out(out, logits, given, *, any_float=False, name="out"):
-    """Raise unless `out` can take the gradient; `given` are the (name, argument) pairs it must not overlap.
+    """Return a plain view of `out`, of our own, or raise unless it can take the gradient.
 
-    `out` may be `logits` itself: same memory, same layout. Class ids are copied first and may lie anywhere.
-    `any_float` lets it have another floating dtype than the logits.
+    `given` are the (name, argument) pairs it must not overlap. `out` may be `logits` itself: same memory, same layout.
+    Class ids are copied first and may lie anywhere. `any_float` lets it have another floating dtype than the logits.
     """
-    if kernels.is_plain_gradient(out, logits):
-        check_apart(out, given, name, besides_logits=True)
-        return
-    dtype = logits.dtype.newbyteorder("=")
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{name} must be a numpy array, got {type(out).__name__}")
-    if any_float and not is_floating(out.dtype):
-        raise TypeError(f"{name} must be a {FLOATING} array, got {out.dtype}")
-    if not any_float and out.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"{name} must have the dtype of logits, {dtype}, got {out.dtype}")
-    if not out.dtype.isnative:
-        raise TypeError(f"{name} must have native byte order, got {out.dtype}")
-    if out.shape != logits.shape:
-        raise ValueError(f"{name} must have the shape of logits, {logits.shape}, got {out.shape}")
-    if not out.flags.writeable:
-        raise ValueError(f"{name} is read-only")
     if isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked array")
-    if overlaps_itself(out):
-        raise ValueError(f"{name} overlaps itself: strides {out.strides} for shape {out.shape}")
-    check_apart(out, given, name, besides_logits=same_memory(out, logits))
+    place = np.ndarray.view(out, np.ndarray)
+    if kernels.is_plain_gradient(place, logits):
+        check_apart(place, given, name, besides_logits=True)
+        return place
+    dtype = logits.dtype.newbyteorder("=")
+    if any_float and not is_floating(place.dtype):
+        raise TypeError(f"{name} must be a {FLOATING} array, got {place.dtype}")
+    if not any_float and not (is_floating(place.dtype) and place.dtype.newbyteorder("=") == dtype):
+        raise TypeError(f"{name} must have the dtype of logits, {dtype}, got {place.dtype}")
+    if not place.dtype.isnative:
+        raise TypeError(f"{name} must have native byte order, got {place.dtype}")
+    if place.shape != logits.shape:
+        raise ValueError(f"{name} must have the shape of logits, {logits.shape}, got {place.shape}")
+    if not place.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    if overlaps_itself(place):
+        raise ValueError(f"{name} overlaps itself: strides {place.strides} for shape {place.shape}")
+    check_apart(place, given, name, besides_logits=same_memory(place, logits))
+    return place
 
 
 def check_apart(out, given, name, *, besides_logits):
@@ -313,8 +333,59 @@ def as_num_threads(num_threads):
         return None
     value = as_integer("num_threads", "an integer >= 1 or None", num_threads)
     if value < 1:
-        raise ValueError(f"num_threads must be >= 1 or None, got {value}")
+        raise ValueError(f"num_threads must be >= 1 or None, got {shown(value)}")
     return value
+
+
+# ---- reports -------------------------------------------------------------------------------------------------------
+
+
+def as_count(name, value):
+    """Return `value` as an int >= 1."""
+    count = as_integer(name, "an integer >= 1", value)
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {shown(count)}")
+    return count
+
+
+def as_names(class_names):
+    """Return the names of the classes, of whatever type, as strings, or None."""
+    if class_names is None:
+        return None
+    if isinstance(class_names, (str, bytes)) or not isinstance(class_names, Iterable):
+        raise TypeError(f"class_names must be a sequence of names, got {shown(class_names)}")
+    return tuple(map(str, class_names))
+
+
+def as_class_names(names, n_classes):
+    """Return names, as `as_names` returns them, that are as many as there are classes; by default their ids."""
+    if names is None:
+        return tuple(map(str, range(n_classes)))
+    if len(names) != n_classes:
+        raise ValueError(f"class_names must name each of the {n_classes} classes, got {len(names)} names")
+    return names
+
+
+def check_no_negative_weight(sample_weight):
+    """Raise if a weight of a row is negative: shares and frequencies would mean nothing."""
+    if sample_weight is not None and (sample_weight < 0).any():
+        first = int(np.argmax(sample_weight < 0))
+        raise ValueError(f"sample_weight must be >= 0 here, got {sample_weight[first]} in row {first}")
+
+
+def rows_shape_of(targets, n_classes):
+    """Return the shape of the rows that targets of any kind are about, as far as their own shape tells."""
+    if hasattr(targets, "indices"):
+        return as_plain_array("targets.indices", targets.indices).shape[:-1]
+    array = as_plain_array("targets", targets)
+    soft = is_floating(array.dtype) and array.shape[-1:] == (n_classes,)
+    return array.shape[:-1] if soft else array.shape
+
+
+def check_any_mass(mass):
+    """Raise unless the targets hold anything to count."""
+    if not mass > 0:
+        raise ValueError("targets must hold at least one row that counts, got none")
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -324,7 +395,7 @@ def as_number(name, value, expected, accepts):
     """Return `value` as a float that `accepts` says is fine; `expected` says in words what that is."""
     number = value if type(value) is float else as_real(name, value)
     if not accepts(number):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
     return number
 
 
@@ -348,12 +419,20 @@ def as_softcap(softcap):
     return 0.0 if softcap is None else as_positive("softcap", softcap)
 
 
+def check_no_softcap(softcap):
+    """Raise unless there is no cap: it has a second derivative of its own."""
+    if softcap is not None:
+        raise ValueError(
+            f"softcap must be None for a Hessian, got {shown(softcap)}; apply the cap to the logits before the call"
+        )
+
+
 def as_numbers(name, value, shape, what, *, negative):
     """Return `value` as a private flat float64 array, finite, of the shape of `what`."""
     array = as_real_array(name, value)
     if array.shape != shape:
         raise ValueError(f"{name} must have the shape of {what}, {shape}, got {array.shape}")
-    numbers = array.astype(np.float64).reshape(-1)
+    numbers = flat_copy(array, np.float64)
     accepted = np.isfinite(numbers) if negative else np.isfinite(numbers) & (numbers >= 0)
     if not accepted.all():
         first = int(np.argmin(accepted))
@@ -397,7 +476,10 @@ def as_class_mask(class_mask, logits_shape, axis):
 def check_classes_left(mask, live):
     """Raise unless every live row (bool array of the rows' shape, or None for all) has a class that is not masked."""
     distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.strides)]
-    left = np.broadcast_to(distinct.any(axis=-1), mask.shape[:-1])
+    left = np.empty(distinct.shape[:-1], np.bool_)
+    for index, _, _ in row_blocks(left.shape, max(1, BUFFER_ELEMENTS // mask.shape[-1])):
+        distinct[index].any(axis=-1, out=left[index])
+    left = np.broadcast_to(left, mask.shape[:-1])
     bad = ~left if live is None else live & ~left
     if bad.any():
         row = position_of(np.argmax(bad), bad.shape)
@@ -426,13 +508,16 @@ def check_distribution(array, axis, live, num_threads):
     """Raise unless every number of a distribution is finite and >= 0, rows that are not `live` excepted."""
     if is_mass(array, num_threads):
         return
-    bad = ~((array >= 0) & (array < np.inf))
-    if live is not None:
-        bad &= np.expand_dims(live, axis)
-    if bad.any():
-        first = int(np.argmax(bad))
-        position = position_of(first, bad.shape)
-        raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {array.flat[first]}")
+    counts = np.True_ if live is None else np.expand_dims(live, axis)
+    counts = np.broadcast_to(counts, array.shape)
+    for index, first, _ in row_blocks(array.shape, BUFFER_ELEMENTS):
+        part = array[index]
+        with np.errstate(invalid="ignore"):
+            bad = ~((part >= 0) & (part < np.inf)) & counts[index]
+        if bad.any():
+            at = int(np.argmax(bad))
+            position = position_of(first + at, array.shape)
+            raise ValueError(f"targets must be finite and >= 0, got targets[{position}] = {part.flat[at]}")
 
 
 def check_no_ignore(ignore_index, default):
@@ -440,7 +525,7 @@ def check_no_ignore(ignore_index, default):
     if ignore_index is None or (isinstance(ignore_index, int) and ignore_index == default):
         return
     raise ValueError(
-        f"ignore_index goes only with class ids, got ignore_index={ignore_index!r} with soft targets; "
+        f"ignore_index goes only with class ids, got ignore_index={shown(ignore_index)} with soft targets; "
         "leave rows out with sample_weight 0"
     )
 
@@ -491,7 +576,7 @@ def as_probs_targets(targets, shape, axis, ignore_index):
         raise TypeError(f"targets: distributions must be a {FLOATING} array, got {array.dtype}")
     if ignored.tolist() not in ([], [-100]):
         raise ValueError(
-            f"ignore_index goes only with class ids, got {ignore_index!r} with distributions; "
+            f"ignore_index goes only with class ids, got {shown(ignore_index)} with distributions; "
             "leave rows out with sample_weight 0"
         )
     return None, array
@@ -547,9 +632,10 @@ def check_finite(name, values, place):
 
 def check_unit_interval(name, values, place, remedy):
     """Raise unless all `values` (n, m) are in [0, 1]; `remedy` is what to do about a finite one that is not."""
-    if values.size == 0 or (values.min() >= 0 and values.max() <= 1):  # a nan fails both
+    inside = (values >= 0) & (values <= 1)  # once: another thread may write to what may be the caller's memory
+    if inside.all():
         return
-    row, column = np.argwhere(~((values >= 0) & (values <= 1)))[0]
+    row, column = np.argwhere(~inside)[0]
     value = values[row, column]
     advice = f"; {remedy}" if math.isfinite(value) else ""
     raise ValueError(f"{name} must be finite and within [0, 1], got {value:.9g} in {place(row)}{advice}")
@@ -568,9 +654,10 @@ def check_sum_to_one(totals, tolerance, place):
 
 def check_distributions(q, place):
     """Raise unless all of `q` (n, m) is finite and >= 0."""
-    if q.size == 0 or (q.min() >= 0 and q.max() < math.inf):
+    accepted = (q >= 0) & (q < math.inf)  # once, as above
+    if accepted.all():
         return
-    row, column = np.argwhere(~((q >= 0) & (q < math.inf)))[0]
+    row, column = np.argwhere(~accepted)[0]
     raise ValueError(f"targets: distributions must be finite and >= 0, got {q[row, column]:.9g} in {place(row)}")
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,15 @@ from fastce._version import __version__
 
 # Elements of the buffer that other layouts pass through: 1 MB of float64 at the most, an L2 cache.
 BUFFER_ELEMENTS = 131072
-# Elements between two returns to Python, which is where Ctrl-C is noticed: about 30 ms on one thread.
-SLAB_ELEMENTS = 1 << 26
+# Elements between two returns to Python, which is where Ctrl-C is noticed: 20 ms on one thread, of the general kernels
+# with every option up to 100 ms. A row costs as much as so many elements, besides its own.
+SLAB_ELEMENTS = 1 << 24
+GENERAL_SLAB_ELEMENTS = 1 << 22
+ROW_ELEMENTS = 32
 # Below this many elements one thread is as fast as two: at 32768, two threads took 1.07 (C = 10) and 0.89 (C = 1000) of
 # the time of one, at 65536 0.69 and 0.75.
 SERIAL_ELEMENTS = 32768
-# The same as in rows.pyx, which leaves calls that ask for more to the checks and so to this bound.
+# The same as in plain.pxd: the short ways leave calls that ask for more to the checks and so to this bound.
 MAX_THREADS = 256
 
 
@@ -105,13 +109,13 @@ def default_threads():
     return max(1, min(kernels.openmp_limit(), usable_cpus(), MAX_THREADS))
 
 
-WARNED: set[str] = set()
+WARNED: dict[str, object] = {}
 
 
 def warn_once(message):
-    """Issue a RuntimeWarning the first time that this message is heard."""
-    if message not in WARNED:
-        WARNED.add(message)
+    """Issue a RuntimeWarning the first time that this message is heard, in whichever thread."""
+    mine = object()
+    if WARNED.setdefault(message, mine) is mine:  # one step, without a lock that a forked child might find held
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -193,7 +197,7 @@ def cross_entropy_rows(
             return
     # All memory that the walk needs is had before the first block is written.
     mask, common = split_mask(mask)
-    walk = Walk(n_rows, n_classes, dtype, [logits, mask], [out, hess])
+    walk = Walk(n_rows, n_classes, dtype, [logits, mask], [out, hess], slab_rows(n_classes, num_threads))
     memory = np.empty(
         kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads, common), "u1"
     )
@@ -218,11 +222,12 @@ def column_rows(logits, out, ids, losses, scale, scales, num_threads, weight, sa
     """Do what cross_entropy_rows does for logits (G, C, n), of which neighbouring rows lie side by side."""
     n_groups, n_classes, n = logits.shape
     memory = np.empty(kernels.column_memory_needed(n_classes, logits.itemsize, num_threads), "u1")
-    step = max(1, SLAB_ELEMENTS // (n_classes * n))
-    for first in range(0, n_groups, step):
-        group, part = slice(first, first + step), slice(first * n, (first + step) * n)
+    step = slab_rows(n_classes, num_threads)
+    for groups, columns in product(slices(n_groups, max(1, step // n)), slices(n, step)):
+        index = groups, slice(None), columns
+        part = slice(groups.start * n + columns.start, (groups.stop - 1) * n + columns.stop)
         kernels.cross_entropy_columns(
-            logits[group], ids[part], losses[part], scale, part_of(scales, part), None if out is None else out[group],
+            logits[index], ids[part], losses[part], scale, part_of(scales, part), None if out is None else out[index],
             memory, num_threads, weight, part_of(sample_weight, part),
         )
 
@@ -262,7 +267,8 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
         weight, common_mask = constants["weight"], constants.get("mask")
         base = smoothing_base(smoothing, n_classes, dtype, weight, common_mask) if mask is None else None
         constants = constants | {"smoothing": smoothing, "base": base}
-    walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess])
+    slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
+    walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess], slab)
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows, targets, shown), (grads, curves) in walk:
         arrays = {name: part_of(array, part) for name, array in per_row.items()}
@@ -281,20 +287,46 @@ def smoothing_base(smoothing, n_classes, dtype, weight, mask):
         share = even_share(smoothing, n_classes, dtype)
     else:
         share = mask[0] * (smoothing / max(1, np.count_nonzero(mask)))
-    return np.ascontiguousarray(share if weight is None else share * weight, dtype)
+    if weight is not None:
+        share = share.astype(np.float64) * weight
+    with np.errstate(all="ignore"):
+        return np.ascontiguousarray(share, dtype)
+
+
+def even_share(smoothing, n_classes, dtype):
+    """Return the shares of smoothing without weights: a training loop asks for the same ones at every step.
+
+    They are rounded as the host rounds, so those of another rounding mode, which the two sums tell, are others.
+    """
+    return cached_share(smoothing, n_classes, dtype, 1.0 + TINY, 1.0 - TINY)
+
+
+TINY = 2.0**-60
 
 
 @lru_cache(maxsize=8)
-def even_share(smoothing, n_classes, dtype):
-    """Return the shares of smoothing without weights: a training loop asks for the same ones at every step."""
-    return np.full(n_classes, smoothing / n_classes, dtype)
+def cached_share(smoothing, n_classes, dtype, _up, _down):
+    shares = np.full(n_classes, smoothing / n_classes, dtype)
+    shares.flags.writeable = False  # all callers, in all threads, get this one array
+    return shares
 
 
 def is_mass(array, num_threads):
     """Return whether all numbers of an array, of any layout, are finite and >= 0."""
     if array.flags.c_contiguous and array.flags.aligned and array.dtype in (np.float32, np.float64):
-        return soft.is_mass(array, threads_for(array.size, num_threads))
-    return all(part.min() >= 0 and part.max() < np.inf for part in parts_of(array))
+        num_threads = threads_for(array.size, num_threads)
+        numbers = array.reshape(-1)
+        return all(soft.is_mass(numbers[part], num_threads) for part in slices(array.size, SLAB_ELEMENTS))
+    with np.errstate(invalid="ignore"):
+        return all(part.min() >= 0 and part.max() < np.inf for part in parts_of(array))
+
+
+def newton_terms(slopes, factor, row_weights, num_threads):
+    """Return float32 (w g, factor w |g| (1 - |g|)), (n, K) in Fortran order, for slopes g; w (n,) may be None."""
+    grad, hess = np.empty_like(slopes, np.float32), np.empty_like(slopes, np.float32)
+    num_threads = threads_for(slopes.size, num_threads)
+    soft.newton_terms(slopes.T, row_weights, factor, grad.T, hess.T, num_threads)
+    return grad, hess
 
 
 def parts_of(array, limit=BUFFER_ELEMENTS):
@@ -319,12 +351,36 @@ def softmax_rows(logits, out, num_threads):
         return
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab_rows(n_classes, num_threads))
     memory = np.empty(kernels.memory_needed(walk.step, n_classes, dtype == np.float32, True, num_threads), "u1")
     step = min(n_rows, walk.step)
     ids, losses = np.zeros(step, np.int64), np.empty(step)
     for _, (rows,), (values,) in walk:
         kernels.softmax_rows(rows, ids[: len(rows)], losses, values, memory, num_threads)
+
+
+class Softened:
+    """Logits, class axis last, that a walk sees as their softmax: ``softened[index]`` is that of a block, in float64.
+
+    The memory for it is had when it is made; a block is good until the next one.
+    """
+
+    def __init__(self, logits, num_threads):
+        self.logits, self.dtype = logits, np.dtype(np.float64)
+        n_classes = logits.shape[-1]
+        step = min(logits.size // n_classes, max(1, BUFFER_ELEMENTS // n_classes))
+        self.num_threads = threads_for(logits.size, num_threads)
+        self.probabilities = np.empty((step, n_classes))
+        self.ids, self.losses = np.zeros(step, np.int64), np.empty(step)
+        self.memory = np.empty(kernels.memory_needed(step, n_classes, False, True, self.num_threads), "u1")
+
+    def __getitem__(self, index):
+        block = self.logits[index]
+        n_rows = block.size // block.shape[-1]
+        rows = self.probabilities[:n_rows]
+        np.copyto(rows.reshape(block.shape), block, casting="unsafe")
+        kernels.softmax_rows(rows, self.ids[:n_rows], self.losses[:n_rows], rows, self.memory, self.num_threads)
+        return rows.reshape(block.shape)
 
 
 def log_softmax_rows(logits, out, lse, num_threads):
@@ -334,7 +390,7 @@ def log_softmax_rows(logits, out, lse, num_threads):
         return
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out])
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS))
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows,), (values,) in walk:
         soft.log_softmax_rows(rows, values, part_of(lse, part), memory, num_threads)
@@ -354,21 +410,56 @@ def part_of(array, part):
     return array[part] if isinstance(array, np.ndarray) else None
 
 
+def slab_rows(n_classes, num_threads, elements=SLAB_ELEMENTS):
+    """Return how many rows are handed to the kernels at a time: at least one for each thread."""
+    return max(num_threads, elements // (n_classes + ROW_ELEMENTS))
+
+
+def slices(n, step):
+    """Yield the slices of `n` elements by `step`."""
+    for first in range(0, n, step):
+        yield slice(first, min(first + step, n))
+
+
+def flat_copy(array, dtype):
+    """Return the elements of an array in C order as a private array of this dtype."""
+    if array.size <= BUFFER_ELEMENTS:
+        return array.astype(dtype).reshape(-1)
+    numbers = np.empty(array.shape, dtype)
+    copy_in_blocks(numbers, array)
+    return numbers.reshape(-1)
+
+
+def copy_in_blocks(place, source):
+    """Copy a number or an array of the same shape, of any layout and dtype; between the blocks Ctrl-C is noticed."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for index, _, _ in row_blocks(place.shape, SLAB_ELEMENTS):
+            np.copyto(place[index], source[index] if isinstance(source, np.ndarray) else source, casting="unsafe")
+
+
+def round_numbers(numbers, place):
+    """Copy flat float64 `numbers` to a contiguous array of any float dtype, taking no memory: results stand already."""
+    with np.errstate(over="ignore", under="ignore"):
+        for first in range(0, len(numbers), SLAB_ELEMENTS):
+            part = slice(first, first + SLAB_ELEMENTS)
+            np.copyto(place.reshape(-1)[part], numbers[part], casting="same_kind")
+
+
 class Walk:
     """The way through a batch in blocks: yields (slice of the flattened rows, input blocks, output blocks).
 
     Inputs and outputs have any layout and dtype, class axis last, or are None. Those that kernels can use stay where
-    they are; the others pass through buffers of a fixed size, which are had when the walk is made.
+    they are, `slab` rows at a time; the others pass through buffers of a fixed size, had when the walk is made.
     """
 
-    def __init__(self, n_rows, n_classes, dtype, inputs, outputs):
+    def __init__(self, n_rows, n_classes, dtype, inputs, outputs, slab):
         self.n_rows = n_rows
         self.arrays = [*inputs, *outputs]
         self.n_inputs = len(inputs)
         self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
         through = [array is not None and rows is None for array, rows in zip(self.arrays, self.rows, strict=True)]
         self.where_they_lie = not any(through)
-        self.step = min(n_rows, max(1, (SLAB_ELEMENTS if self.where_they_lie else BUFFER_ELEMENTS) // n_classes))
+        self.step = min(n_rows, slab if self.where_they_lie else max(1, BUFFER_ELEMENTS // n_classes))
         self.buffers: list[np.ndarray | None] = [None] * len(self.arrays)
         if self.where_they_lie:
             return
@@ -391,8 +482,10 @@ class Walk:
         for index, first, stop in row_blocks(self.arrays[0].shape[:-1], self.step):
             part = slice(first, stop)
             blocks = [self.block(i, part) for i in range(len(self.arrays))]
-            for array, block in self.buffered(0, self.n_inputs, blocks):
-                np.copyto(block.reshape(array[index].shape), array[index], casting="unsafe")
+            with np.errstate(all="ignore"):
+                for array, block in self.buffered(0, self.n_inputs, blocks):
+                    source = array[index]
+                    np.copyto(block.reshape(source.shape), source, casting="unsafe")
             yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
             with np.errstate(all="ignore"):
                 for array, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
@@ -420,7 +513,7 @@ class Walk:
 
 def can_lie(array, dtype):
     """Return whether kernels that compute in `dtype` read or write this array as it is, if its layout allows."""
-    return array is not None and (array.dtype == dtype or array.dtype == np.uint8)
+    return isinstance(array, np.ndarray) and (array.dtype == dtype or array.dtype == np.uint8)
 
 
 def as_rows(array):
@@ -478,13 +571,14 @@ def plain_binary(logits, targets, out, with_grad):
 
 
 def binary_entries(
-    logits, targets, pos_weight, sample_weight, grad_output, smoothing, scale, wide, losses, out, num_threads
+    logits, targets, pos_weight, sample_weight, grad_output, smoothing, scale, loss_scale, wide, losses, out,
+    num_threads,
 ):
     """Return (sum of the losses, whether all targets are in [0, 1]); fill, unless they are None, `losses` and `out`.
 
     `logits` and `out` have any layout and dtype; the next four are a number, None or an array of any layout that
-    broadcasts to the logits' shape; `losses` is a new array; `out` gets the gradient times `scale`; `wide` has float32
-    computed in float64.
+    broadcasts to the logits' shape; `losses` is a new array; `out` gets the gradient times `scale`, `loss_scale` times
+    what the gradient alone is multiplied by; `wide` has float32 computed in float64.
     """
     shape, n_entries = logits.shape, logits.size
     dtype = computing_dtype(logits.dtype)
@@ -501,7 +595,7 @@ def binary_entries(
     for first in range(0, n_entries, step):
         stop = min(first + step, n_entries)
         inside &= binary.binary_entries(
-            *(filled_part(argument, first, stop) for argument in read), smoothing, scale, wide,
+            *(filled_part(argument, first, stop) for argument in read), smoothing, scale, loss_scale, wide,
             None if losses is None else losses.reshape(-1)[first:stop], sums[first // SUM_BLOCK :],
             None if gradient is None else gradient.part(first, stop), num_threads,
         )  # fmt: skip

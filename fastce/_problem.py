@@ -1,6 +1,6 @@
 """A call's arguments, checked and turned into numbers: what every loss over rows of logits shares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ class Problem:
     """Rows of logits and their targets, of which exactly one kind is there; arrays over the rows are flat.
 
     `ids` (N,) int64, -1 in rows that are ignored; `indices` and `values` (N, m); `distribution` of logits' shape, or
-    `target_logits` whose softmax it is.
+    `target_logits` whose softmax it is. `places` are (buffer that was given, view of it that was checked) pairs.
     The sum of the losses is divided by `divisor`, which is 1 but for a mean; gradients are multiplied by `scale`, a
     float or one factor per row.
     """
@@ -42,6 +42,7 @@ class Problem:
     logit_scale: float = 1.0
     cap: float = 0.0
     z_loss: float = 0.0
+    places: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self):
         self.row_shape = self.logits.shape[: self.axis] + self.logits.shape[self.axis + 1 :]
@@ -65,7 +66,9 @@ class Problem:
         """Return the ids with -1 also in rows of sample weight 0: kernels then skip them like ignored ones."""
         if self.ids is None or self.sample_weight is None or self.sample_weight.all():
             return self.ids
-        return np.where(self.sample_weight == 0, -1, self.ids)
+        ids = _engine.flat_copy(self.ids, np.int64)
+        np.copyto(ids, -1, where=self.sample_weight == 0)
+        return ids
 
     def take_gradient(self, grad_output, buffers, *, any_float=False, **arguments):
         """Take the factor of the gradient; check its `buffers` (name -> array or None), also against `arguments`."""
@@ -73,8 +76,13 @@ class Problem:
         given = given_arrays(logits=self.logits, grad_output=grad_output, **arguments)
         for name, buffer in buffers.items():
             if buffer is not None:
-                _checks.check_out(buffer, self.logits, given, any_float=any_float, name=name)
-                given.append((name, buffer))
+                place = _checks.check_out(buffer, self.logits, given, any_float=any_float, name=name)
+                self.places.append((buffer, place))
+                given.append((name, place))
+
+    def place_of(self, gradient):
+        """Return where a gradient is written: the view of a buffer that was checked; a new array or None as it is."""
+        return next((place for buffer, place in self.places if buffer is gradient), gradient)
 
     def total_weight(self):
         """Return what a mean divides by: the weights of the rows that count, of the classes for class ids only."""
@@ -143,15 +151,16 @@ def pose(
     problem.cap = _checks.as_softcap(softcap)
     problem.z_loss = _checks.as_non_negative("z_loss", z_loss)
     problem.mask = _checks.as_class_mask(class_mask, logits.shape, axis)
-    if buffers is not None:
-        problem.take_gradient(
-            grad_output, buffers, any_float=any_float, targets=targets, weight=weight, sample_weight=sample_weight,
-            class_mask=class_mask,
-        )
     if from_logits:
         problem.target_logits = _checks.as_target_logits(targets, logits.shape)
     else:
         _take_targets(problem, targets, ignore_index, ignored)
+    if buffers is not None:
+        # Last, and against the arrays that will be read: those that targets and mask were made into. Ids are copies.
+        problem.take_gradient(
+            grad_output, buffers, any_float=any_float, weight=weight, sample_weight=sample_weight,
+            class_mask=problem.mask, targets=targets if problem.indices is not None else problem.distribution,
+        )
     live = problem.live() if problem.mask is not None or problem.distribution is not None else None
     if problem.mask is not None:
         _checks.check_classes_left(problem.mask, live)
@@ -186,12 +195,12 @@ def classes_last(array, axis):
 
 
 def given_arrays(**arguments):
-    """Return (name, array) pairs of what `out` must not overlap; class ids are copied first and do not count."""
+    """Return (name, array) pairs of what `out` must not overlap, among others that are no arrays."""
     pairs = []
     for name, value in arguments.items():
         if isinstance(value, SparseTargets):
             pairs += [(f"{name}.indices", value.indices), (f"{name}.values", value.values)]
-        elif not (name == "targets" and isinstance(value, np.ndarray) and value.dtype.kind in "iu"):
+        else:
             pairs.append((name, value))
     return pairs
 
@@ -207,17 +216,17 @@ def deliver(problem, *gradients, fill=Problem.fill):
     `fill(problem, losses, scale, *gradients)` computes. The mean of nothing, whose divisor is 0, is nan and has the
     gradient 0, whatever its rows hold.
     """
+    gradients = tuple(problem.place_of(gradient) for gradient in gradients)
     losses = np.empty(problem.n_rows)
     loss = np.empty(problem.row_shape, problem.loss_dtype) if problem.reduction == "none" else None
     if problem.divisor == 0.0:
         for gradient in gradients:
             if gradient is not None:
-                gradient[...] = 0
+                _engine.copy_in_blocks(gradient, 0)
         return float("nan")
     scale = problem.scale / problem.divisor if problem.reduction == "mean" else problem.scale
     fill(problem, losses, scale, *gradients)
     if loss is None:
         return _engine.kernels.sum_losses(losses) / problem.divisor
-    with np.errstate(over="ignore", under="ignore"):
-        np.copyto(loss, losses.reshape(loss.shape), casting="same_kind")
+    _engine.round_numbers(losses, loss)
     return loss

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from fastce import _engine
 from fastce._problem import deliver, gradient_array, pose
 
 
@@ -31,17 +32,23 @@ def _fill(loss_and_factor, problem, losses, scale, grad):
     """Fill `losses` (N,) in a first pass over logits and, unless it is None, `grad` in a second."""
     unweighted = replace(problem, ids=problem.ids_that_count(), weight=None, sample_weight=None)
     unweighted.fill(losses)
-    row_losses, factors = loss_and_factor(losses)
+    # All that takes memory comes before the gradient is written.
+    row_losses, factors = np.empty_like(losses), np.empty_like(losses)
+    for part in _engine.slices(len(losses), _engine.BUFFER_ELEMENTS):
+        row_losses[part], factors[part] = loss_and_factor(losses[part])
+        _weigh(row_losses[part], problem, part)
     if grad is not None:
-        factors *= scale
+        with np.errstate(all="ignore"):
+            factors *= scale
         problem.fill(losses, factors, grad)
-    losses[:] = row_losses
-    _weigh(losses, problem)
+    losses[:] = row_losses  # takes no memory
 
 
-def _weigh(losses, problem):
-    """Multiply the losses by the weights of their rows; a weight of 0 makes an infinite loss 0."""
-    for weights in (None if problem.weight is None else problem.weight[problem.ids], problem.sample_weight):
+def _weigh(losses, problem, part):
+    """Multiply the losses of a part of the rows by their weights; a weight of 0 makes an infinite loss 0."""
+    of_classes = None if problem.weight is None else problem.weight[problem.ids[part]]
+    for weights in (of_classes, _engine.part_of(problem.sample_weight, part)):
         if weights is not None:
             losses[(weights == 0) & np.isposinf(losses)] = 0.0
-            losses *= weights
+            with np.errstate(all="ignore"):
+                losses *= weights

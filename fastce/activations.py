@@ -125,21 +125,26 @@ def logsumexp(logits, axis=AXIS, *, keepdims=False, num_threads=None):
     result = np.empty(shape, _engine.computing_dtype(logits.dtype))
     lse = np.empty(result.size)
     _engine.log_softmax_rows(classes_last(logits, axis), None, lse, num_threads)
-    with np.errstate(over="ignore", under="ignore"):
-        np.copyto(result, lse.reshape(shape), casting="same_kind")
+    _engine.copy_in_blocks(result, lse.reshape(shape))
     return result
 
 
 def _activation(logits, axis, out, num_threads, *, logarithm):
+    if axis is AXIS:
+        short = _engine.soft.plain_log_softmax if logarithm else _engine.kernels.plain_softmax
+        plain = short(logits, out, num_threads, _engine.SERIAL_ELEMENTS, _engine.default_threads)
+        if plain is not None:
+            return plain
     logits = _checks.as_logits(logits)
     axis = _checks.as_axis(axis, logits.shape)
     num_threads = _checks.as_num_threads(num_threads)
-    if out is not None:
-        _checks.check_out(out, logits, [("logits", logits)])
-    result = np.empty(logits.shape, logits.dtype.newbyteorder("=")) if out is None else out
+    if out is None:
+        result = out = np.empty(logits.shape, logits.dtype.newbyteorder("="))
+    else:
+        result = _checks.check_out(out, logits, [("logits", logits)])
     rows, values = classes_last(logits, axis), classes_last(result, axis)
     if logarithm:
         _engine.log_softmax_rows(rows, values, None, num_threads)
     else:
         _engine.softmax_rows(rows, values, num_threads)
-    return result
+    return out

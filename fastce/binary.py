@@ -194,34 +194,38 @@ def _binary_cross_entropy(
     num_threads = _checks.as_num_threads(num_threads)
     smoothing = _checks.as_fraction("label_smoothing", label_smoothing)
     scale, factors = _checks.as_entry_factors(grad_output, reduction, shape)
-    if out is not None:
-        given = {"logits": logits, "targets": targets, "pos_weight": pos_weight, "sample_weight": sample_weight}
-        _checks.check_out(out, logits, [*given.items(), ("grad_output", grad_output)])
     targets = _checks.as_entry_targets(targets, shape)
+    pos_weight = _checks.as_entry_weight("pos_weight", pos_weight, shape)
+    sample_weight = _checks.as_entry_weight("sample_weight", sample_weight, shape)
+    given = {"logits": logits, "targets": targets, "pos_weight": pos_weight, "sample_weight": sample_weight}
+    factor = grad_output if factors is None else factors
+    # The arrays that are read, whatever objects they were made from.
+    grad = None if out is None else _checks.check_out(out, logits, [*given.items(), ("grad_output", factor)])
     pos_weight, wide = _checks.as_pos_weight(pos_weight, shape, num_threads)
     sample_weight, total_weight = _checks.as_entry_sample_weight(sample_weight, shape, num_threads)
     divisor = _checks.as_denominator(denominator, reduction)
     if divisor is None:
         divisor = total_weight
     no_mean = reduction == MEAN and not divisor
-    if out is not None or no_mean:
+    if out is not None or no_mean:  # before anything of the caller's is written
         _checks.check_entry_targets(targets, sample_weight, shape, num_threads)
 
     dtype = logits.dtype.newbyteorder("=")
     losses = np.empty(shape, np.float32 if dtype.itemsize == 2 else dtype) if reduction == "none" else None
-    grad = out
     if with_grad and out is None:
-        grad = np.empty(shape, dtype)
+        grad = out = np.empty(shape, dtype)
     if no_mean:
         if with_grad:
-            grad[...] = 0
-        return float("nan"), grad
+            _engine.copy_in_blocks(grad, 0)
+        return float("nan"), out
+    loss_scale = 1.0 / divisor if reduction == MEAN else 1.0
     scale = scale / divisor if reduction == MEAN else scale
     total, inside = _engine.binary_entries(
-        logits, targets, pos_weight, sample_weight, factors, smoothing, scale, wide, losses, grad, num_threads
-    )
+        logits, targets, pos_weight, sample_weight, factors, smoothing, scale, loss_scale, wide, losses, grad,
+        num_threads,
+    )  # fmt: skip
     if not inside:  # nothing of the caller's was written, or else the targets had been checked before
         _checks.check_entry_targets(targets, sample_weight, shape, num_threads)
     if reduction == "none":
-        return losses, grad
-    return total / divisor if reduction == MEAN else total, grad
+        return losses, out
+    return total / divisor if reduction == MEAN else total, out

@@ -1,7 +1,5 @@
 """Kullback-Leibler divergence of a softmax from given distributions, or from the softmax of other logits."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from fastce import _engine
@@ -139,35 +137,44 @@ def _divergence(
 
 
 def _fill(problem, losses, scale, grad):
-    """Fill `losses` (N,) and, unless it is None, `grad`, in blocks: targets from logits are never whole in memory."""
+    """Fill `losses` (N,), in blocks, then, unless it is None, `grad`; no array is as large as the logits.
+
+    All losses come first: they take memory, which may fail, and gradients may be written over the logits.
+    """
     from_logits = problem.distribution is None
     arrays = problem.logits, problem.target_logits if from_logits else problem.distribution, grad
     logits, targets, grad = (classes_last(array, problem.axis) for array in arrays)
     step = max(1, _engine.BUFFER_ELEMENTS // logits.shape[-1])
     for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):
-        part = slice(first, stop)
-        weight = None if problem.sample_weight is None else problem.sample_weight[part]
         log_p = _activated(logits[index], problem.num_threads, logarithm=True)
         log_q, q = None, targets[index]
         if from_logits:
             # Not e^log_q: the rounding of a large logarithm would be the error of q.
             log_q, q = (_activated(q, problem.num_threads, logarithm=logarithm) for logarithm in (True, False))
-        divergences = _divergences(log_p, log_q, q)
-        if weight is not None:
-            divergences = np.where(weight == 0, 0.0, divergences * weight)
-        if grad is not None:
-            block = replace(
-                problem, logits=logits[index], axis=logits[index].ndim - 1, sample_weight=weight,
-                distribution=q,
-            )
-            block.fill(losses[part], scale[part] if isinstance(scale, np.ndarray) else scale, grad[index])
-        losses[part] = divergences
+        # A row longer than a block is summed part by part, between which Ctrl-C is noticed.
+        excess, mass = np.float64(0.0), np.float64(0.0)
+        for classes in _engine.slices(logits.shape[-1], _engine.BUFFER_ELEMENTS):
+            of_part = _divergences(log_p[..., classes], None if log_q is None else log_q[..., classes], q[..., classes])
+            excess, mass = excess + of_part[0], mass + of_part[1]
+        # Distributions from logits sum to 1 by their making, others to what they do.
+        losses[first:stop] = (excess if from_logits else excess + (mass - 1.0)).reshape(-1)
+    weight = problem.sample_weight
+    if weight is not None:
+        with np.errstate(all="ignore"):
+            losses *= weight
+        losses[weight == 0] = 0.0
+    if grad is not None:
+        q = _engine.Softened(targets, problem.num_threads) if from_logits else targets
+        constants = {"weight": None, "scale": 1.0 if isinstance(scale, np.ndarray) else scale}
+        per_row = {"sample_weight": weight, "scales": scale}
+        cross_entropies = np.empty(len(losses))
+        _engine.soft_rows(logits, cross_entropies, grad, None, q, None, 0.0, per_row, constants, problem.num_threads)
 
 
 def _activated(logits, num_threads, *, logarithm):
-    """Return the softmax of a block, or its logarithm, in float64."""
-    logits = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
+    """Return the softmax of a block, or its logarithm, in float64 and C order."""
+    with np.errstate(all="ignore"):
+        logits = _engine.flat_copy(logits, np.float64).reshape(logits.shape)
         if logarithm:
             _engine.log_softmax_rows(logits, logits, None, num_threads)
         else:
@@ -176,15 +183,15 @@ def _activated(logits, num_threads, *, logarithm):
 
 
 def _divergences(log_p, log_q, q):
-    """Return each row's divergence (flat) of the distributions `q`, whose logarithms may be given."""
-    q = q.astype(np.float64, copy=False)
+    """Return, of each row's classes, (sum of q log(q/p) - q + p, sum of q); the logarithms of `q` may be given."""
+    q = q.astype(np.float64, order="C", copy=False)  # NumPy's sums have the bits of the layout
     with np.errstate(all="ignore"):
         delta = log_p - (np.log(q) if log_q is None else log_q)
-        terms = np.where(q > 0, q * _excess(delta), np.exp(log_p))
-        # Distributions from logits sum to 1 by their making, others to what they do.
-        surplus = 0.0 if log_q is not None else q.sum(axis=-1) - 1.0
+        p = np.exp(log_p)
+        # e^delta = p/q leaves the range of float64 where q does; p itself does not.
+        terms = np.where(q > 0, np.where(delta > 600, p - q * (1.0 + delta), q * _excess(delta)), p)
         terms = np.where(np.isnan(q) | np.isnan(log_p), np.nan, terms)
-        return (terms.sum(axis=-1) + surplus).reshape(-1)
+        return terms.sum(axis=-1), q.sum(axis=-1)
 
 
 def _excess(delta):

@@ -122,11 +122,16 @@ def _focal(logits, targets, gamma, *arguments, with_grad=False):
     gamma = _checks.as_non_negative("gamma", gamma)
 
     def loss_and_factor(cross_entropies):
-        probability, miss = np.exp(-cross_entropies), -np.expm1(-cross_entropies)
-        focus = miss**gamma
-        with np.errstate(all="ignore"):
-            # -p log p / (1 - p): 1 where p is 1, 0 where p is 0.
-            ratio = np.where(miss == 0, 1.0, np.where(probability == 0, 0.0, probability * cross_entropies / miss))
-            return focus * cross_entropies, focus * (1.0 + gamma * ratio)
+        return focus(cross_entropies, gamma)
 
     return target_loss(loss_and_factor, logits, targets, *arguments, with_grad=with_grad)
+
+
+def focus(cross_entropies, gamma):
+    """Return rows' focal losses, and what each multiplies the gradient of cross-entropy by, as float64 arrays."""
+    with np.errstate(all="ignore"):
+        probability, miss = np.exp(-cross_entropies), -np.expm1(-cross_entropies)
+        focused = miss**gamma
+        # -p log p / (1 - p): 1 where p is 1, 0 where p is 0.
+        ratio = np.where(miss == 0, 1.0, np.where(probability == 0, 0.0, probability * cross_entropies / miss))
+        return focused * cross_entropies, focused * (1.0 + gamma * ratio)

@@ -1,6 +1,6 @@
 """Softmax cross-entropy with gradient and Hessian: checks, allocates, one call, returns."""
 
-from fastce import _engine
+from fastce import _checks, _engine
 from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, pose
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
@@ -138,6 +138,9 @@ def cross_entropy(
             logits, targets, None, False, None, False, weight, sample_weight, ignore_index, label_smoothing,
             logit_scale, z_loss, class_mask, reduction, denominator, num_threads, None,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        ) or _engine.soft.plain_distributions(
+            logits, targets, None, False, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+            class_mask, reduction, denominator, num_threads, None, _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain[0]
@@ -236,6 +239,10 @@ def cross_entropy_with_grad(
             logits, targets, out, True, None, False, weight, sample_weight, ignore_index, label_smoothing,
             logit_scale, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        ) or _engine.soft.plain_distributions(
+            logits, targets, out, True, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+            class_mask, reduction, denominator, num_threads, grad_output, _engine.SERIAL_ELEMENTS,
+            _engine.default_threads,
         )
         if plain is not None:
             return plain
@@ -318,10 +325,7 @@ def cross_entropy_with_grad_hess(
     array([[0.167639, 0.095163, 0.095163],
            [0.222222, 0.222222, 0.222222]])
     """
-    if softcap is not None:
-        raise ValueError(
-            f"softcap must be None for a Hessian, got {softcap!r}; apply the cap to the logits before the call"
-        )
+    _checks.check_no_softcap(softcap)
     if may_be_plain(axis, softcap, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, out, True, hess_out, True, weight, sample_weight, ignore_index, label_smoothing,

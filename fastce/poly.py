@@ -122,6 +122,7 @@ def _poly(logits, targets, epsilon, *arguments, with_grad=False):
     epsilon = _checks.as_number("epsilon", epsilon, "finite and >= -1", lambda number: -1 <= number < np.inf)
 
     def loss_and_factor(cross_entropies):
-        return cross_entropies - epsilon * np.expm1(-cross_entropies), 1.0 + epsilon * np.exp(-cross_entropies)
+        with np.errstate(all="ignore"):
+            return cross_entropies - epsilon * np.expm1(-cross_entropies), 1.0 + epsilon * np.exp(-cross_entropies)
 
     return target_loss(loss_and_factor, logits, targets, *arguments, with_grad=with_grad)

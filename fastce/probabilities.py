@@ -321,7 +321,8 @@ def _reduce(blocks, shape, dtype, reduction, denominator):
                 losses[index] = block_losses.reshape(losses[index].shape)
             else:
                 sums.append(_engine.kernels.sum_losses(block_losses))
-                weights.append(_engine.kernels.sum_losses(block_weights))
+                # Weights may be the caller's own numbers, at any address; the kernel takes them aligned.
+                weights.append(_engine.kernels.sum_losses(np.require(block_weights, np.float64, ["C", "A"])))
     if losses is not None:
         return losses
     total = _engine.kernels.sum_losses(np.array(sums))

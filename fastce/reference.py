@@ -375,7 +375,8 @@ def cross_entropy_stats(
             loss[rows] = _product(q, softmax.minus_log_p).sum(axis=1)
             lse[rows] = softmax.lse
             predicted[rows] = np.where(has_softmax, softmax.largest[1], -1)
-            correct[rows] = has_softmax & (q[softmax.largest] == q.max(axis=1))
+            mass = q[softmax.largest]
+            correct[rows] = has_softmax & (mass > 0) & (mass == q.max(axis=1))
             probability[rows] = (q * softmax.p).sum(axis=1)
             entropy[rows] = _product(softmax.p, softmax.minus_log_p).sum(axis=1)
         loss, lse, probability, entropy = map(batch.in_shape_of_rows, (loss, lse, probability, entropy))

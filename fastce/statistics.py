@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastce import _engine
 from fastce._problem import AXIS, IGNORE_INDEX, pose
 
 __all__ = ["CrossEntropyStats", "cross_entropy_stats"]
@@ -74,6 +75,12 @@ def cross_entropy_stats(
     >>> stats.entropy.round(6)
     array([0.665573, 1.098612])
     """
+    if axis is AXIS and softcap is None and class_mask is None:
+        plain = _engine.soft.plain_statistics(
+            logits, targets, ignore_index, logit_scale, num_threads, _engine.SERIAL_ELEMENTS, _engine.default_threads
+        )
+        if plain is not None:
+            return CrossEntropyStats(*plain)
     problem = pose(
         logits, targets, axis, num_threads, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
         class_mask=class_mask,
@@ -82,9 +89,8 @@ def cross_entropy_stats(
     predicted, correct = np.empty(problem.n_rows, np.int64), np.empty(problem.n_rows, np.bool_)
     results = [np.empty(problem.row_shape, problem.loss_dtype) for _ in range(4)]
     problem.fill(losses, statistics=(lse, probability, entropy, predicted, correct))
-    with np.errstate(over="ignore", under="ignore"):
-        for result, numbers in zip(results, (losses, lse, probability, entropy), strict=True):
-            np.copyto(result, numbers.reshape(problem.row_shape), casting="same_kind")
+    for result, numbers in zip(results, (losses, lse, probability, entropy), strict=True):
+        _engine.copy_in_blocks(result, numbers.reshape(problem.row_shape))
     loss, lse, probability, entropy = results
     shape = problem.row_shape
     return CrossEntropyStats(loss, lse, predicted.reshape(shape), correct.reshape(shape), probability, entropy)

@@ -20,14 +20,15 @@ Losses are summed in float64, each block in fixed lanes, then the blocks in pair
 layout changes a bit.
 """
 
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, copysign, copysignf, fabs
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 cimport numpy as cnp
 
+from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport larger, smaller
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -42,19 +43,22 @@ from fastce._kernels.vexp cimport (
 )
 
 cdef extern from "target.h" nogil:
-    int watch_forks "fastce_watch_forks" ()
-    bint is_forked_child "fastce_is_forked_child" ()
+    ctypedef struct Rounding "fastce_rounding":
+        pass
+    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
+    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cnp.import_array()
-watch_forks()
 
 cdef enum:
     BLOCK = 512             # entries that are summed by themselves; a block's arrays fit the L1 cache
+    ROOM = BLOCK + 88       # of a block's arrays: at a multiple of 4 KB a store holds up the loads of another array
+    PIECE = 128             # of a block, where it need not be whole; its arrays lie on the stack
     LANES = 16              # of a block's sum: one 512-bit vector of float32
     TASK_BLOCKS = 32        # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ENTRIES = 4096      # batches below keep the GIL: handing it over and back costs more than 1 us of work
-    PLAIN_ENTRIES = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
+    PLAIN_ENTRIES = 1 << 24  # batches above are walked in slabs, between which Ctrl-C is noticed
 
 # The dtype of logits, losses and gradients, where it is not the one that computes.
 ctypedef fused stored:
@@ -75,6 +79,23 @@ cdef struct Numbers:
     double constant
 
 
+# One thread's room to work in, a number of each kind for each entry of a block, in the dtype that computes or in
+# float64. Not on the stack of OpenMP's threads, which have no more of it than OMP_STACKSIZE says, 16 KB perhaps. Arrays
+# in one struct, so that the compiler knows them apart.
+cdef struct Room:
+    double[ROOM] logits
+    double[ROOM] positive
+    double[ROOM] negative
+    double[ROOM] e
+    double[ROOM] loss
+    double[ROOM] slopes
+    double[ROOM] targets
+    double[ROOM] weight
+    double[ROOM] factor
+    double[ROOM] weighted
+    double[8] slack         # so that all of it may begin at a line of the cache
+
+
 # One call's entries. `losses` and `out` are NULL where they are not wanted.
 cdef struct Batch:
     Py_ssize_t n
@@ -90,6 +111,7 @@ cdef struct Batch:
     char* out
     bint plain              # the targets alone are the coefficients
     bint weighted           # entries differ in sample_weight or grad_output
+    Room* rooms             # one for each thread, if there are several
 
 
 # ---- an entry ------------------------------------------------------------------------------------------------------
@@ -314,12 +336,16 @@ cdef inline int kind_of(const floating* like) noexcept nogil:
 
 # Entries [first, first + n), n <= BLOCK; returns whether all targets are in [0, 1].
 cdef bint take_block(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
 ) noexcept nogil:
-    cdef floating[BLOCK] logits, positive, negative, e, loss, slopes
+    cdef floating* logits = <floating*>room.logits
+    cdef floating* positive = <floating*>room.positive
+    cdef floating* negative = <floating*>room.negative
+    cdef floating* e = <floating*>room.e
+    cdef floating* loss = <floating*>room.loss
     cdef const floating* x = <const floating*>batch.logits + first
     cdef const floating* a = positive
-    cdef floating* slope = slopes
+    cdef floating* slope = <floating*>room.slopes
     cdef floating scale = <floating>(1.0 if batch.weighted else batch.scale)
     cdef stored* losses = <stored*>batch.losses + first
     cdef stored* out = <stored*>batch.out + first
@@ -342,12 +368,12 @@ cdef bint take_block(
         inside = set_exponentials_and_look(x, a, n, e)
         take_plain(x, a, e, n, scale, loss, slope)
     else:
-        inside = set_coefficients(batch, first, n, positive, negative)
+        inside = set_coefficients(batch, room, first, n, positive, negative)
         set_exponentials(x, n, e, -32.0)
         take_general(x, positive, negative, e, n, scale, loss, slope)
 
     if batch.weighted:
-        finish_weighted(batch, first, n, loss, slope, losses, out)
+        finish_weighted(batch, room, first, n, loss, slope, losses, out)
         return inside
     batch.sums[first // BLOCK] = sum_of(loss, n)
     if batch.losses != NULL:
@@ -361,19 +387,20 @@ cdef bint take_block(
 
 # a = pos_weight * y' and b = 1 - y', y' = (1-e) y + e/2, each rounded once. Returns whether all y are in [0, 1].
 cdef inline bint set_coefficients(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, floating* positive, floating* negative
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, floating* positive, floating* negative
 ) noexcept nogil:
-    cdef double[BLOCK] y
+    cdef double* y = room.targets
     if batch.targets.data != NULL and batch.targets.kind == cnp.NPY_FLOAT32:
-        return set_coefficients_of(<const float*>batch.targets.data + first, batch, first, n, positive, negative)
+        return set_coefficients_of(<const float*>batch.targets.data + first, batch, room, first, n, positive, negative)
     load(&batch.targets, first, n, y)
-    return set_coefficients_of(<const double*>y, batch, first, n, positive, negative)
+    return set_coefficients_of(<const double*>y, batch, room, first, n, positive, negative)
 
 
 cdef inline bint set_coefficients_of(
-    const stored* y, const Batch* batch, Py_ssize_t first, Py_ssize_t n, floating* positive, floating* negative
+    const stored* y, const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, floating* positive,
+    floating* negative,
 ) noexcept nogil:
-    cdef double[BLOCK] weight
+    cdef double* weight = room.weight
     cdef double kept = 1.0 - batch.smoothing, half = 0.5 * batch.smoothing, every = batch.pos_weight.constant
     cdef Py_ssize_t i
     if batch.pos_weight.data == NULL:
@@ -390,16 +417,21 @@ cdef inline bint set_coefficients_of(
 
 # Entries of sample_weight 0 are left out, whatever they hold: their 0 is chosen, not multiplied.
 cdef inline void finish_weighted(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* loss, const floating* slope, stored* losses,
-    stored* out,
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, const floating* loss, const floating* slope,
+    stored* losses, stored* out,
 ) noexcept nogil:
-    cdef double[BLOCK] weight, factor, weighted
+    cdef double* weight = room.weight
+    cdef double* factor = room.factor
+    cdef double* weighted = room.weighted
     cdef double every = batch.grad_output.constant * batch.scale
     cdef Py_ssize_t i
     load(&batch.sample_weight, first, n, weight)
     for i in range(n):
         weighted[i] = 0.0 if weight[i] == 0 else loss[i] * weight[i]
-    batch.sums[first // BLOCK] = sum_of(weighted, n)
+    if batch.sample_weight.data == NULL and batch.sample_weight.constant == 1.0:
+        batch.sums[first // BLOCK] = sum_of(loss, n)    # as without grad_output, to the bit
+    else:
+        batch.sums[first // BLOCK] = sum_of(weighted, n)
     if batch.losses != NULL:
         for i in range(n):
             losses[i] = <stored>weighted[i]
@@ -426,11 +458,21 @@ cdef inline Py_ssize_t task_entries(Py_ssize_t n, int num_threads) noexcept nogi
     return larger(TASK_BLOCKS, blocks_of(n) // (TASKS_PER_THREAD * num_threads)) * BLOCK
 
 
-# One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would hang it.
-cdef int team_of(Py_ssize_t n, int num_threads) noexcept nogil:
-    if num_threads == 1 or is_forked_child():
+# How many of so many threads have work; one thread never enters OpenMP.
+cdef int useful_threads(Py_ssize_t n, int num_threads) noexcept nogil:
+    if num_threads == 1:
         return 1
     return <int>smaller(num_threads, (n + task_entries(n, num_threads) - 1) // task_entries(n, num_threads))
+
+
+# The bytes of a room for each of several threads, and where they begin: at a line of the cache.
+cdef Py_ssize_t rooms_bytes(Py_ssize_t n, int num_threads) noexcept nogil:
+    cdef int team = useful_threads(n, num_threads)
+    return team * sizeof(Room) + 64 if team > 1 else 0
+
+
+cdef Room* rooms_in(char* memory) noexcept nogil:
+    return <Room*>(memory + (64 - <uintptr_t>memory % 64) % 64)
 
 
 # The whole batch; returns how many blocks have targets outside [0, 1].
@@ -439,20 +481,33 @@ cdef Py_ssize_t take_batch(
 ) noexcept nogil:
     cdef Py_ssize_t size = task_entries(batch.n, num_threads)
     cdef Py_ssize_t task, outside = 0
-    num_threads = team_of(batch.n, num_threads)
+    num_threads = team_for(useful_threads(batch.n, num_threads))
     if num_threads == 1:
-        return take_entries(batch, 0, batch.n, like, like_stored)
+        return take_entries_alone(batch, like, like_stored)
     for task in prange((batch.n + size - 1) // size, num_threads=num_threads, schedule="dynamic", chunksize=1):
-        outside += take_entries(batch, task * size, smaller(size, batch.n - task * size), like, like_stored)
+        outside += take_entries(
+            batch, batch.rooms + threadid(), task * size, smaller(size, batch.n - task * size), like, like_stored
+        )
     return outside
 
 
+# All entries on the calling thread, whose stack is that of a program: a small call is over before malloc would be.
+cdef Py_ssize_t take_entries_alone(
+    const Batch* batch, const floating* like, const stored* like_stored
+) noexcept nogil:
+    cdef Room room
+    return take_entries(batch, rooms_in(<char*>&room), 0, batch.n, like, like_stored)
+
+
 cdef Py_ssize_t take_entries(
-    const Batch* batch, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, const floating* like, const stored* like_stored
 ) noexcept nogil:
     cdef Py_ssize_t i, outside = 0
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     for i in range(blocks_of(n)):
-        outside += not take_block(batch, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like, like_stored)
+        outside += not take_block(batch, room, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like, like_stored)
+    round_as_before(&rounding)
     return outside
 
 
@@ -474,7 +529,7 @@ cdef inline bint is_extreme(double scale) noexcept nogil:
 
 def binary_entries(
     cnp.ndarray logits, targets, pos_weight, sample_weight, grad_output, double smoothing, double scale,
-    bint wide, cnp.ndarray losses, cnp.ndarray sums, cnp.ndarray out, int num_threads,
+    double loss_scale, bint wide, cnp.ndarray losses, cnp.ndarray sums, cnp.ndarray out, int num_threads,
 ):
     """Fill `sums` (a float64 for each 512 entries) and, unless None, `losses` and `out` with scale * d(loss)/d(logit).
 
@@ -482,11 +537,13 @@ def binary_entries(
 
     Arrays are flat, contiguous, aligned and native. `logits`, `losses` and `out` (which may be `logits`) have one
     floating dtype; the others are a number for all entries or an array: `targets` of any integer dtype, bool, float32
-    or float64, the weights float32 or float64. `wide` has float32 entries computed in float64.
+    or float64, the weights float32 or float64. `wide` has float32 entries computed in float64, so has a `loss_scale`
+    of extreme size, which is `scale` without what the gradient alone is multiplied by: the losses know nothing of that.
     """
     cdef Batch batch
     cdef bint single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
-    cdef Py_ssize_t outside
+    cdef char* memory
+    cdef Py_ssize_t n_bytes, outside
     batch.n = cnp.PyArray_SIZE(logits)
     batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.targets = numbers_of(targets)
@@ -500,8 +557,19 @@ def binary_entries(
     batch.out = NULL if out is None else <char*>cnp.PyArray_DATA(out)
     batch.plain = pos_weight is None and smoothing == 0 and is_exact(batch.targets.kind, single)
     batch.weighted = sample_weight is not None or grad_output is not None
+    n_bytes = rooms_bytes(batch.n, num_threads)
+    memory = <char*>malloc(n_bytes)
+    if memory == NULL and n_bytes:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.rooms = rooms_in(memory)
+    wide = wide or is_extreme(loss_scale)
+    if is_extreme(scale) and not wide and not batch.weighted:
+        batch.weighted = True
+        batch.grad_output.constant = scale
+        batch.scale = 1.0
     with nogil:
-        outside = take_any_batch(&batch, num_threads, single, wide or is_extreme(scale))
+        outside = take_any_batch(&batch, num_threads, single, wide)
+    free(memory)
     return outside == 0
 
 
@@ -513,7 +581,14 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
     cdef int num_threads = 1
     cdef int kind
     cdef double total
+    cdef char* memory
+    cdef Py_ssize_t n_bytes
     cdef bint single, look_first, accepted
+    if not is_plain(logits):
+        return None
+    # Runs Python, and with it other threads: before anything is read that they could change.
+    if cnp.PyArray_SIZE(logits) >= serial_entries:
+        num_threads = choose_threads()
     if not (is_plain(logits) and is_plain(targets) and cnp.PyArray_SAMESHAPE(logits, targets)):
         return None
     kind = cnp.PyArray_TYPE(logits)
@@ -527,8 +602,6 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
         or (out is not None and not is_plain_out(out, logits, targets))
     ):
         return None
-    if batch.n >= serial_entries:
-        num_threads = choose_threads()
     batch.targets = numbers_of(targets)
     batch.pos_weight = numbers_of(None)
     batch.smoothing = 0.0
@@ -536,9 +609,12 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
     batch.losses = NULL
     batch.plain = is_exact(batch.targets.kind, single)
     batch.weighted = False
-    batch.sums = <double*>malloc(blocks_of(batch.n) * sizeof(double))
-    if batch.sums == NULL:
+    n_bytes = rooms_bytes(batch.n, num_threads)
+    memory = <char*>malloc(n_bytes + blocks_of(batch.n) * sizeof(double))
+    if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
+    batch.rooms = rooms_in(memory)
+    batch.sums = <double*>(memory + n_bytes)
     look_first = out is not None
     try:
         if with_grad and out is None:
@@ -555,7 +631,7 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
         total = pairwise_sum(batch.sums, blocks_of(batch.n))
         return total / batch.n, out
     finally:
-        free(batch.sums)
+        free(memory)
 
 
 # Returns whether all targets are in [0, 1]; if not and `look_first` is true, nothing has been written.
@@ -633,20 +709,20 @@ def first_outside(values, sample_weight, Py_ssize_t n, double low, double high, 
     cdef Py_ssize_t first = 0
     with nogil:
         if not outside_of(&numbers, &weights, n, low, high, num_threads):
-            first = -1
-        else:
-            while not outside_of_block(&numbers, &weights, first, smaller(BLOCK, n - first), low, high):
-                first += BLOCK
-            while not outside_of_block(&numbers, &weights, first, 1, low, high):
-                first += 1
-    return first
+            first = n
+        # The bounds are not idle: another thread may change the entry back before it is found.
+        while first < n and not outside_of_block(&numbers, &weights, first, smaller(BLOCK, n - first), low, high):
+            first += BLOCK
+        while first < n and not outside_of_block(&numbers, &weights, first, 1, low, high):
+            first += 1
+    return first if first < n else -1
 
 
 cdef Py_ssize_t outside_of(
     const Numbers* numbers, const Numbers* weights, Py_ssize_t n, double low, double high, int num_threads
 ) noexcept nogil:
     cdef Py_ssize_t block, outside = 0
-    num_threads = team_of(n, num_threads)
+    num_threads = team_for(useful_threads(n, num_threads))
     if num_threads == 1:
         for block in range(blocks_of(n)):
             outside += outside_of_block(numbers, weights, block * BLOCK, smaller(BLOCK, n - block * BLOCK), low, high)
@@ -659,11 +735,22 @@ cdef Py_ssize_t outside_of(
 cdef Py_ssize_t outside_of_block(
     const Numbers* numbers, const Numbers* weights, Py_ssize_t first, Py_ssize_t n, double low, double high
 ) noexcept nogil:
-    cdef double[BLOCK] values, weight
-    cdef Py_ssize_t i, outside = 0
+    cdef Py_ssize_t piece, outside = 0
     if numbers.kind == cnp.NPY_FLOAT32 and numbers.data != NULL and high == 1:
         if not count_outside(<const float*>numbers.data + first, n, <float>low, <float>high):
             return 0
+    for piece in range((n + PIECE - 1) // PIECE):
+        outside += outside_of_piece(
+            numbers, weights, first + piece * PIECE, smaller(PIECE, n - piece * PIECE), low, high
+        )
+    return outside
+
+
+cdef inline Py_ssize_t outside_of_piece(
+    const Numbers* numbers, const Numbers* weights, Py_ssize_t first, Py_ssize_t n, double low, double high
+) noexcept nogil:
+    cdef double[PIECE] values, weight
+    cdef Py_ssize_t i, outside
     load(numbers, first, n, values)
     outside = count_outside(values, n, low, high)
     if outside and weights != NULL:
@@ -680,7 +767,7 @@ def sum_in_blocks(values, cnp.ndarray sums, int num_threads):
     cdef Py_ssize_t n = cnp.PyArray_SIZE(values)
     cdef double* into = <double*>cnp.PyArray_DATA(sums)
     cdef Py_ssize_t block
-    num_threads = team_of(n, num_threads)
+    num_threads = team_for(useful_threads(n, num_threads))
     with nogil:
         if num_threads == 1:
             for block in range(blocks_of(n)):

@@ -303,7 +303,7 @@ cdef inline void begin_row(
     if not is_normal_row(out, rows, r, share) or (hess != NULL and not is_normal_curve(out, &pending.curve)):
         head = n
     elif batch.stream:
-        head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+        head = before_line(out, n)
     if head:
         scale_terms(out, terms, head, rows, r, share)
         if hess != NULL:
@@ -313,6 +313,11 @@ cdef inline void begin_row(
     pending.terms = <char*>(terms + head)
     pending.left = n - head
     pending.stream = batch.stream
+
+
+# How many of n elements lie before the first 64-byte boundary, from which on they may be streamed.
+cdef inline Py_ssize_t before_line(const floating* out, Py_ssize_t n) noexcept nogil:
+    return smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
 
 
 cdef inline void write_block(const floating* like, Pending* pending) noexcept nogil:

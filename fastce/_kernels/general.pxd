@@ -1,12 +1,20 @@
 """General rows: one call's batch, what a thread knows of the rows of a block, and how that becomes losses."""
 
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
 
-from fastce._kernels.block cimport BLOCK_ROWS, Scratch, miss_of
+from fastce._kernels.block cimport BLOCK_ROWS, Scratch, is_normal, miss_of
 from fastce._kernels.lanes cimport add_chunk
 from fastce._kernels.staged cimport Transform
-from fastce._kernels.vexp cimport ExpWindow, floating
+from fastce._kernels.vexp cimport (
+    ExpWindow,
+    bits_of_double,
+    double_of_bits,
+    floating,
+    multiply_add_double,
+    multiply_add_float,
+)
 
 cdef enum:
     # What is written for a row.
@@ -64,6 +72,7 @@ cdef struct Own:
     double[BLOCK_ROWS] factor           # of the row's gradient
     double[BLOCK_ROWS] infinite         # the log-sum-exp where the largest logit is infinite
     Py_ssize_t[BLOCK_ROWS] argmax       # -1: the row is not looked at
+    Py_ssize_t[BLOCK_ROWS] turn         # how many rows of the block are looked at before this one
     Py_ssize_t[BLOCK_ROWS] n_shown      # classes that exist, where there is no base
     ExpWindow[BLOCK_ROWS] window
 
@@ -103,14 +112,14 @@ cdef inline double entry(const Batch* batch, Py_ssize_t row, Py_ssize_t i, Py_ss
 # sum of a_c * (z_m - z_c) where the difference may overflow: element by element, by halves, the rounding errors carried
 # along.
 cdef inline double sum_far_below(
-    const floating* a, const floating* z, double top, Py_ssize_t n, Py_ssize_t step
+    const floating* a, const floating* z, double top, Py_ssize_t n
 ) noexcept nogil:
     cdef double[2] total
     cdef Py_ssize_t i
     total[0] = total[1] = 0.0
     for i in range(n):
-        if a[i * step] != 0:
-            add_chunk(total, 2.0 * (a[i * step] * (0.5 * top - 0.5 * z[i * step])))
+        if a[i] != 0:
+            add_chunk(total, 2.0 * (a[i] * (0.5 * top - 0.5 * z[i])))
     return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
@@ -135,6 +144,23 @@ cdef inline double sum_far(const floating* a, Py_ssize_t n) noexcept nogil:
     return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
+# What is known of row r once its largest logit is: the log-sum-exp where that is infinite, and the classes that share
+# the smoothing. `z` are the logits.
+cdef inline void settle_maximum(
+    const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r, const floating* z
+) noexcept nogil:
+    cdef const uint8_t* mask = mask_of(batch, row)
+    cdef Py_ssize_t i, n_shown = 0
+    if batch.smoothing != 0.0 and batch.base == NULL:
+        for i in range(batch.n_classes):
+            n_shown += mask[i] != 0
+    own.n_shown[r] = n_shown
+    if fabs(own.maximum[r]) == INFINITY:
+        own.infinite[r] = own.maximum[r]
+        for i in range(batch.n_classes):
+            own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
+
+
 # The gradient at the largest logit: from the others where all mass is there.
 cdef inline double pull_at_maximum(const Own* own, Py_ssize_t r) noexcept nogil:
     cdef const Scratch* rows = &own.rows
@@ -143,40 +169,195 @@ cdef inline double pull_at_maximum(const Own* own, Py_ssize_t r) noexcept nogil:
     return pull * own.factor[r]
 
 
-# Losses and statistics from the sums, once finish_rows has taken the logarithms; the factor of each row's gradient.
-cdef inline void settle(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+# A row's loss and statistics from its sums, once finish_row has taken the logarithm; the factor of its gradient.
+cdef inline void settle_row(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t r) noexcept nogil:
     cdef Scratch* rows = &own.rows
-    cdef Py_ssize_t r, row
+    cdef Py_ssize_t row = first + r
     cdef double lse, loss, sample_weight
-    cdef bint is_whole
-    for r in range(n):
-        row = first + r
-        is_whole = rows.loss[r] == rows.loss[r]
-        lse = own.maximum[r] + rows.loss[r]
-        sample_weight = 1.0 if batch.sample_weight == NULL else batch.sample_weight[row]
-        own.factor[r] = batch.scale * sample_weight * batch.transform.scale
-        if batch.scales != NULL:
-            own.factor[r] *= batch.scales[row]
-        if own.argmax[r] < 0:
-            lse = NAN
-            loss = 0.0
-            rows.scale[r] = 0.0
+    cdef bint is_whole = rows.loss[r] == rows.loss[r]
+    lse = own.maximum[r] + rows.loss[r]
+    sample_weight = 1.0 if batch.sample_weight == NULL else batch.sample_weight[row]
+    own.factor[r] = batch.scale * sample_weight * batch.transform.scale
+    if batch.scales != NULL:
+        own.factor[r] *= batch.scales[row]
+    if own.argmax[r] < 0:
+        lse = NAN
+        loss = 0.0
+        rows.scale[r] = 0.0
+    else:
+        rows.scale[r] = own.mass[r] + own.mass_at_maximum[r]
+        loss = rows.scale[r] * rows.loss[r] + own.linear[r]
+        own.steepness[r] = 0.0
+        if batch.z_loss != 0.0:
+            loss += batch.z_loss * lse * lse
+            own.steepness[r] = 2.0 * batch.z_loss * lse
+            rows.scale[r] += own.steepness[r]
+        loss *= sample_weight
+    if batch.losses != NULL:
+        batch.losses[row] = loss
+    if batch.lse != NULL:
+        batch.lse[row] = own.infinite[r] if batch.kind != GRADIENT and fabs(own.maximum[r]) == INFINITY else lse
+    if batch.predicted != NULL:
+        is_whole = is_whole and own.argmax[r] >= 0
+        batch.predicted[row] = own.argmax[r] if is_whole else -1
+        batch.correct[row] = is_whole and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
+        batch.probability[row] = own.hit[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
+        batch.entropy[row] = rows.loss[r] + own.spread[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
+
+
+# ---- mass, gradient, Hessian of a piece of a row ---------------------------------------------------------------------
+
+cdef inline bint is_distribution_alone(const Batch* batch) noexcept nogil:
+    return batch.distribution != NULL and batch.smoothing == 0.0 and batch.weight == NULL
+
+
+# The dense mass of the classes from `start` on where it lies as it is, else NULL.
+cdef inline const floating* lying_mass(
+    const Batch* batch, Py_ssize_t row, Py_ssize_t start, const floating* like
+) noexcept nogil:
+    if has_base_alone(batch):
+        return <const floating*>batch.base + start
+    if is_distribution_alone(batch):
+        return <const floating*>(batch.distribution + row * batch.distribution_stride) + start
+    return NULL
+
+
+# The dense mass of a chunk, where it lies or in `mass`; `n_shown` classes share the smoothing.
+cdef inline const floating* stage_mass(
+    const Batch* batch, Py_ssize_t row, Py_ssize_t start, Py_ssize_t n, Py_ssize_t n_shown, floating* mass,
+    const floating* like,
+) noexcept nogil:
+    cdef const uint8_t* mask = mask_of(batch, row)
+    cdef const floating* base = <const floating*>batch.base
+    cdef const floating* lying = lying_mass(batch, row, start, like)
+    cdef double uniform
+    cdef Py_ssize_t i
+    if lying != NULL:
+        return lying
+    if batch.distribution == NULL:
+        for i in range(n):
+            mass[i] = 0
+    else:
+        memcpy(
+            mass, batch.distribution + row * batch.distribution_stride + start * sizeof(floating), n * sizeof(floating)
+        )
+        if batch.weight != NULL:
+            for i in range(n):
+                mass[i] = <floating>(mass[i] * batch.certain * batch.weight[start + i])
+        elif batch.certain != 1.0:
+            for i in range(n):
+                mass[i] = <floating>(mass[i] * batch.certain)
+    if batch.smoothing != 0.0:
+        if base != NULL:
+            for i in range(n):
+                mass[i] += base[start + i]
         else:
-            rows.scale[r] = own.mass[r] + own.mass_at_maximum[r]
-            loss = rows.scale[r] * rows.loss[r] + own.linear[r]
-            own.steepness[r] = 0.0
-            if batch.z_loss != 0.0:
-                loss += batch.z_loss * lse * lse
-                own.steepness[r] = 2.0 * batch.z_loss * lse
-                rows.scale[r] += own.steepness[r]
-            loss *= sample_weight
-        if batch.losses != NULL:
-            batch.losses[row] = loss
-        if batch.lse != NULL:
-            batch.lse[row] = own.infinite[r] if batch.kind != GRADIENT and fabs(own.maximum[r]) == INFINITY else lse
-        if batch.predicted != NULL:
-            is_whole = is_whole and own.argmax[r] >= 0
-            batch.predicted[row] = own.argmax[r] if is_whole else -1
-            batch.correct[row] = is_whole and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
-            batch.probability[row] = own.hit[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
-            batch.entropy[row] = rows.loss[r] + own.spread[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
+            uniform = batch.smoothing / n_shown
+            for i in range(n):
+                if mask[start + i]:
+                    mass[i] += <floating>(uniform if batch.weight == NULL else uniform * batch.weight[start + i])
+    return mass
+
+
+cdef inline void multiply(floating* out, const floating* chain, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = out[i] * chain[i]
+
+
+# The gradient of n classes from `start` on at the row's entries, and at its largest logit.
+cdef inline void correct_piece(
+    const Batch* batch, const Own* own, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start, floating* out, Py_ssize_t n
+) noexcept nogil:
+    cdef double a
+    cdef Py_ssize_t i, index
+    for i in range(batch.n_entries):
+        a = entry(batch, row, i, &index)
+        if 0 <= index - start < n and a != 0.0:
+            out[index - start] = <floating>(out[index - start] - a * own.factor[r])
+    if 0 <= own.argmax[r] - start < n:
+        out[own.argmax[r] - start] = <floating>pull_at_maximum(own, r)
+
+
+# out = (terms * (scale/S) - mass) * factor by row r's numbers, in the dtype where all factors are normal numbers of it,
+# else in float64 and by the power of two in 1/S first: nothing then under- or overflows on the way.
+cdef inline void combine(
+    const Own* own, Py_ssize_t r, floating* out, const floating* terms, const floating* mass, Py_ssize_t n
+) noexcept nogil:
+    cdef double inverse = own.rows.inverse[r], power, rest
+    cdef Py_ssize_t i
+    if is_plain_row(own, r, out, mass != NULL):
+        weigh_terms(out, terms, mass, n, <floating>push_of(own, r), <floating>(-own.factor[r]))
+        return
+    power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
+    rest = own.rows.scale[r] * (inverse / power)
+    for i in range(n):
+        out[i] = <floating>(((terms[i] * power) * rest - (0.0 if mass == NULL else mass[i])) * own.factor[r])
+
+
+cdef inline bint is_plain_row(const Own* own, Py_ssize_t r, const floating* like, bint dense) noexcept nogil:
+    if dense and not is_normal(like, own.factor[r], 1.0):
+        return False
+    return is_normal(like, own.rows.scale[r] * own.factor[r], own.rows.inverse[r])
+
+
+# What the terms are multiplied by; the mass is by -factor.
+cdef inline double push_of(const Own* own, Py_ssize_t r) noexcept nogil:
+    return own.rows.scale[r] * own.rows.inverse[r] * own.factor[r]
+
+
+# out = terms * push + mass * pull; `mass` may be NULL.
+cdef inline void weigh_terms(
+    floating* out, const floating* terms, const floating* mass, Py_ssize_t n, floating push, floating pull
+) noexcept nogil:
+    cdef Py_ssize_t i
+    if mass == NULL:
+        for i in range(n):
+            out[i] = terms[i] * push
+    else:
+        for i in range(n):
+            if floating is float:
+                out[i] = multiply_add_float(terms[i], push, mass[i] * pull)
+            else:
+                out[i] = multiply_add_double(terms[i], push, mass[i] * pull)
+
+
+# p * ((A + 2 z_loss lse)(1 - p) + 2 z_loss p) by the row's factor; at the largest logit 1 - p is others/S.
+cdef inline void write_hessian(
+    const Batch* batch, Own* own, Py_ssize_t r, const floating* terms, floating* hess, Py_ssize_t n, Py_ssize_t top
+) noexcept nogil:
+    cdef Scratch* rows = &own.rows
+    cdef double factor = own.factor[r] * batch.transform.scale
+    cdef double curve = rows.scale[r] * factor, square = 2.0 * batch.z_loss * factor, p, miss
+    cdef floating inverse = <floating>rows.inverse[r]
+    cdef floating curved = <floating>curve, squared = <floating>square, probability
+    cdef Py_ssize_t i
+    if is_normal(hess, curve, 1.0) and is_normal(hess, square, 1.0):
+        for i in range(n):
+            probability = terms[i] * inverse
+            hess[i] = probability * (curved * (1 - probability) + squared * probability)
+    else:
+        for i in range(n):
+            p = terms[i] * rows.inverse[r]
+            hess[i] = <floating>(p * (curve * (1.0 - p) + square * p))
+    if 0 <= top < n:
+        p = rows.at_target[r] * rows.inverse[r]
+        miss = miss_of(rows.others[r], rows.at_target[r])
+        hess[top] = <floating>(p * (curve * miss + square * p))
+
+
+# The log-softmax of a row with this largest logit, whose own is -`least`.
+cdef inline void write_log_softmax(
+    floating* out, const floating* z, Py_ssize_t n, floating maximum, floating least
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = (z[i] - maximum) - least
+
+
+# A row that is not looked at.
+cdef inline void clear_row(const Batch* batch, Py_ssize_t row, const floating* like) noexcept nogil:
+    if batch.out != NULL:
+        memset(batch.out + row * batch.out_stride, 0, batch.n_classes * sizeof(floating))
+    if batch.hess != NULL:
+        memset(batch.hess + row * batch.hess_stride, 0, batch.n_classes * sizeof(floating))

@@ -191,22 +191,93 @@ cdef inline double row_maximum(const floating* x, Py_ssize_t n) noexcept nogil:
     return largest[0]
 
 
-# Where the row is `value` first, 0 if it never is.
-cdef inline Py_ssize_t first_index_of(const floating* x, floating value, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, start
-    cdef int lane, place, here
-    for i in range(n // SUM_BLOCK):
-        start = i * SUM_BLOCK
-        place = SUM_BLOCK
-        for lane in range(SUM_BLOCK):
-            here = lane if x[start + lane] == value else <int>SUM_BLOCK
-            place = here if here < place else place
-        if place < SUM_BLOCK:
-            return start + place
-    for i in range(n - n % SUM_BLOCK, n):
-        if x[i] == value:
-            return i
-    return 0
+# The largest of every lane so far, and in which block it was first. A nan may hide its neighbours: its row is nan then.
+cdef inline void note_largest(
+    const floating* z, Py_ssize_t block, floating* largest, floating* where
+) noexcept nogil:
+    cdef floating here = block, most
+    cdef Py_ssize_t i
+    for i in range(LANES):
+        most = more(
+            more(more(z[i], z[i + 16]), more(z[i + 32], z[i + 48])),
+            more(more(z[i + 64], z[i + 80]), more(z[i + 96], z[i + 112])),
+        )
+        where[i] = here if most > largest[i] else where[i]
+        largest[i] = most if most > largest[i] else largest[i]
+
+
+# The same of a row's last block, the `rest` < SUM_BLOCK elements from `start` on; it may look at the one before again.
+cdef inline void note_last_block(
+    const floating* z, Py_ssize_t start, Py_ssize_t rest, floating* largest, floating* where
+) noexcept nogil:
+    cdef floating[SUM_BLOCK] last
+    if start > 0:
+        note_largest(z + rest - SUM_BLOCK, start // SUM_BLOCK, largest, where)
+    else:
+        fill_block(last, z, rest, <floating>-INFINITY)
+        note_largest(last, 0, largest, where)
+
+
+cdef inline floating more(floating a, floating b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline void clear_largest(floating* largest, floating* where) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        largest[lane] = -INFINITY
+        where[lane] = 0
+
+
+cdef inline floating largest_lane(floating* lanes) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(8):
+        lanes[lane] = more(lanes[lane], lanes[lane + 8])
+    for lane in range(4):
+        lanes[lane] = more(lanes[lane], lanes[lane + 4])
+    return more(more(lanes[0], lanes[2]), more(lanes[1], lanes[3]))
+
+
+# The largest of n numbers of which note_largest has seen every block, and where it is first.
+cdef inline floating first_largest(
+    const floating* z, Py_ssize_t n, const floating* largest, const floating* where, Py_ssize_t* index
+) noexcept nogil:
+    cdef floating[LANES] fold
+    cdef floating[SUM_BLOCK] last
+    cdef floating most, block
+    cdef Py_ssize_t lane, start
+    cdef int place = SUM_BLOCK, here
+    for lane in range(LANES):
+        fold[lane] = largest[lane]
+    most = largest_lane(fold)
+    for lane in range(LANES):
+        fold[lane] = -where[lane] if largest[lane] == most else <floating>-INFINITY
+    block = -largest_lane(fold)
+    start = SUM_BLOCK * <Py_ssize_t>block if block < INFINITY else 0
+    z += start
+    if n - start < SUM_BLOCK:
+        fill_block(last, z, n - start, NAN)
+        z = last
+    for lane in range(SUM_BLOCK):
+        here = <int>lane if z[lane] == most else <int>SUM_BLOCK
+        place = here if here < place else place
+    index[0] = start + place if place < SUM_BLOCK else 0
+    return most
+
+
+# A short block of n numbers, filled up: whole vectors, of which the last overlaps the one before.
+cdef inline void fill_block(floating* block, const floating* numbers, Py_ssize_t n, floating rest) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(SUM_BLOCK):
+        block[i] = rest
+    if n < LANES:
+        for i in range(n):
+            block[i] = numbers[i]
+        return
+    for i in range(n - n % LANES):
+        block[i] = numbers[i]
+    for i in range(n - LANES, n):
+        block[i] = numbers[i]
 
 
 # The largest magnitude that exp_shifted takes without an offset: n * ln2_high stays exact, and beyond it the

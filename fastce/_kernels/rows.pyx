@@ -31,9 +31,9 @@ fixed order that depends on the row's length alone, so a row's bits depend on no
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 cimport numpy as cnp
 
@@ -54,9 +54,25 @@ from fastce._kernels.block cimport (
     weight_of,
 )
 from fastce._kernels.columns cimport column_terms, take_columns
+from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport CHUNK, SUM_BLOCK, add_chunk, buffer_elements, chunks_of, larger, smaller
 from fastce._kernels.large cimport KEEP_BYTES, has_two_buffers, keeps_terms, take_rows
 from fastce._kernels.medium cimport take_medium_rows
+from fastce._kernels.plain cimport (
+    SLAB_ELEMENTS,
+    are_apart,
+    are_ids,
+    copy_ids,
+    copy_losses,
+    is_denominator,
+    is_gradient,
+    is_native,
+    is_one_slab,
+    is_plain,
+    is_plain_activation,
+    pairwise_sum,
+    threads_of,
+)
 from fastce._kernels.small cimport SMALL_CLASSES, repeat_limits, take_small_rows
 from fastce._kernels.split cimport (
     SPLIT_CLASSES,
@@ -74,25 +90,24 @@ from fastce._kernels.vexp cimport floating
 cdef extern from "target.h" nogil:
     int OPENMP "FASTCE_OPENMP"
     int omp_get_max_threads "fastce_openmp_limit" ()
-    int watch_forks "fastce_watch_forks" ()
-    bint is_forked_child "fastce_is_forked_child" ()
     void stream_fence "fastce_stream_fence" ()
+    ctypedef struct Rounding "fastce_rounding":
+        pass
+    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
+    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cnp.import_array()
-watch_forks()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
 # Up to here class ids may be smoothed on these kernels: beyond it the two parts of the loss may cancel.
 MOST_SMOOTHING = 0.5
 
 cdef enum:
-    MAX_THREADS = 256
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
     # large.pxd 0.32, at 4064 0.28 and 0.29 (float32, 1 thread).
     MEDIUM_CLASSES = 4096
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     GIL_ELEMENTS = 4096     # batches below keep the GIL: handing it over and back costs more than 1 us of work
-    PLAIN_ELEMENTS = 1 << 26  # batches above are walked in slabs, between which Ctrl-C is noticed
 
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
@@ -120,8 +135,6 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
         plan.task_rows -= plan.task_rows % plan.block_rows
     plan.task_rows = larger(plan.task_rows, plan.block_rows if n_classes <= SMALL_CLASSES else 1)
     plan.n_tasks = (n_rows + plan.task_rows - 1) // plan.task_rows
-    if is_forked_child():
-        num_threads = 1
     # A split batch is one block; with more rows than that there is work for every thread without splitting.
     plan.split = (
         num_threads > 1
@@ -162,8 +175,7 @@ cdef Py_ssize_t memory_for(const Batch* batch, int num_threads, const floating* 
     return n_bytes
 
 
-# The whole batch. One thread never enters OpenMP, nor does a forked child, in which the parent's pool is dead and would
-# hang it.
+# The whole batch. One thread never enters OpenMP.
 cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Py_ssize_t n_rows = batch.n_rows
     cdef Plan plan
@@ -172,6 +184,8 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
         return
     batch.stream = n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
     plan = plan_batch(batch, num_threads, like)
+    if plan.num_threads > 1 and team_for(plan.num_threads) == 1:
+        plan = plan_batch(batch, 1, like)
     place_limits(batch, <floating*>plan.memory)
     plan.memory += limits_bytes(batch, like)
     if plan.split:
@@ -207,6 +221,8 @@ cdef void take_task(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, Py_ssize_t block_rows, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t i, start, size
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     if batch.n_classes <= SMALL_CLASSES:
         repeat_limits(batch, rows, like)
     for i in range((n + block_rows - 1) // block_rows):
@@ -220,6 +236,7 @@ cdef void take_task(
             take_rows(batch, rows, first + start, size, like)
     if batch.stream:
         stream_fence()
+    round_as_before(&rounding)
 
 
 # Rows whose classes are strided: `outer` groups of `inner` neighbouring rows, in blocks of BLOCK_ROWS of them.
@@ -237,7 +254,7 @@ cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const float
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
     cdef Py_ssize_t block, n_blocks = blocks * grid.outer
-    num_threads = 1 if is_forked_child() else <int>smaller(num_threads, n_blocks)
+    num_threads = team_for(<int>smaller(num_threads, n_blocks))
     if num_threads <= 1:
         for block in range(n_blocks):
             take_grid_block(batch, grid, <Scratch*>memory, block // blocks, block % blocks * BLOCK_ROWS, like)
@@ -254,10 +271,13 @@ cdef void take_grid_block(
 ) noexcept nogil:
     cdef Py_ssize_t offset = start * <Py_ssize_t>sizeof(floating)
     cdef char* out = NULL if batch.out == NULL else batch.out + group * grid.out_stride + offset
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     take_columns(
         batch, rows, group * grid.inner + start, smaller(BLOCK_ROWS, grid.inner - start),
         batch.logits + group * grid.stride + offset, grid.class_stride, out, grid.out_class_stride, like,
     )
+    round_as_before(&rounding)
 
 
 # Few rows, many classes. The same numbers as take_rows, to the bit: chunks of the same size are summed in the same
@@ -267,6 +287,8 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
     cdef Py_ssize_t r, task, n_tasks
     cdef Scratch* rows = <Scratch*>plan.memory
     cdef Split split
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     begin_split(batch, &split, plan.memory + plan.num_threads * plan.thread_bytes, plan.num_threads, like)
     n_tasks = batch.n_rows * split.n_chunks
     for task in prange(n_tasks, num_threads=plan.num_threads, schedule="static"):
@@ -289,6 +311,7 @@ cdef void split_rows(Batch* batch, const Plan* plan, const floating* like) noexc
         if split.rows[r].whole:
             take_rows(batch, rows, r, 1, like)
     stream_fence()
+    round_as_before(&rounding)
 
 
 # ---- entry points --------------------------------------------------------------------------------------------------
@@ -375,6 +398,38 @@ def softmax_rows(
     take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
 
 
+def plain_softmax(logits, out, num_threads, Py_ssize_t serial_elements, choose_threads):
+    """Return `out` or a new array, filled with the softmax along the last axis, or None if the call is not plain."""
+    cdef Batch batch = empty_batch()
+    cdef int threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    cdef bint single
+    cdef Py_ssize_t n_bytes
+    cdef char* memory
+    if threads == 0 or not is_plain_activation(logits, out, SLAB_ELEMENTS):
+        return None
+    single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
+    batch.n_classes = cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
+    batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
+    batch.logits_stride = batch.out_stride = batch.n_classes * cnp.PyArray_ITEMSIZE(logits)
+    batch.logits = <char*>cnp.PyArray_DATA(logits)
+    batch.with_grad = batch.is_softmax = True
+    batch.scale = 1.0
+    n_bytes = memory_of(&batch, threads, single)
+    if out is None:
+        out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), cnp.PyArray_TYPE(logits), 0)
+    batch.out = <char*>cnp.PyArray_DATA(out)
+    memory = <char*>malloc(2 * batch.n_rows * sizeof(double) + n_bytes)
+    if memory == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.losses = <double*>memory
+    batch.ids = <int64_t*>(batch.losses + batch.n_rows)
+    batch.memory = <char*>(batch.ids + batch.n_rows)
+    memset(batch.ids, 0, batch.n_rows * sizeof(int64_t))
+    take_any_batch(&batch, threads, single)
+    free(memory)
+    return out
+
+
 def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
     """Return the bytes of working memory for cross_entropy_columns."""
     return num_threads * column_bytes(n_classes, itemsize) + 64
@@ -443,27 +498,28 @@ def plain_cross_entropy(
     cdef Batch batch = empty_batch()
     cdef Py_ssize_t n_rows, n_classes, n_live, n_bytes
     cdef int64_t ignored
-    cdef int threads = 1, overflow = 0
+    cdef int threads, overflow = 0
     cdef int kind
     cdef bint mean = reduction == "mean"
     cdef double divisor
     cdef char* memory
-    if not is_plain(logits, 2) or not is_plain(targets, 1) or type(ignore_index) is not int:
+    cdef cnp.npy_intp shape[2]
+    if not is_plain(targets, 1) or type(ignore_index) is not int:
+        return None
+    threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    if threads == 0 or not is_plain(logits, 2) or not is_plain(targets, 1):
         return None
     kind = cnp.PyArray_TYPE(logits)
     n_rows = cnp.PyArray_DIM(logits, 0)
     n_classes = cnp.PyArray_DIM(logits, 1)
     ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
     if (
-        kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
-        or cnp.PyArray_TYPE(targets) not in (cnp.NPY_INT64, cnp.NPY_INT32)
-        or cnp.PyArray_DIM(targets, 0) != n_rows
-        or n_rows == 0
-        or n_classes == 0
-        or n_rows * n_classes > PLAIN_ELEMENTS
+        not is_native(logits)
+        or not are_ids(targets, n_rows)
+        or not is_one_slab(n_rows, n_classes, SLAB_ELEMENTS)
         or overflow
-        or (out is not None and not is_plain_gradient(out, logits))
-        or (hess is not None and not (is_plain_gradient(hess, logits) and are_apart(hess, logits)))
+        or (out is not None and not is_gradient(out, logits))
+        or (hess is not None and not (is_gradient(hess, logits) and are_apart(hess, logits)))
         or (hess is not None and out is not None and not are_apart(hess, out))
         or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out, hess))
         or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out, hess))
@@ -471,15 +527,11 @@ def plain_cross_entropy(
         or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out, hess))
         or (weight is not None and (<double>label_smoothing != 0.0 or <double>z_loss != 0.0))
         or (class_mask is not None and <double>label_smoothing != 0.0)
-        or (grad_output is not None and type(grad_output) is not float)
-        or (denominator is not None and not (mean and type(denominator) is float and 0.0 < denominator < INFINITY))
-        or (num_threads is not None and not (type(num_threads) is int and 0 < num_threads <= MAX_THREADS))
+        or not is_plain_factor(grad_output, n_rows, reduction == "none", out, hess)
+        or not is_denominator(denominator, mean)
     ):
         return None
-    if num_threads is not None:
-        threads = num_threads
-    elif n_rows * n_classes >= serial_elements:
-        threads = choose_threads()
+    shape[0], shape[1] = n_rows, n_classes
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
@@ -487,14 +539,15 @@ def plain_cross_entropy(
     if class_mask is not None:
         set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), 0)
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
-    memory = <char*>malloc((3 * n_rows + n_classes) * sizeof(double) + n_bytes)
+    memory = <char*>malloc((4 * n_rows + n_classes) * sizeof(double) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
     batch.ids = <int64_t*>(batch.losses + n_rows)
     batch.sample_weight = doubles_of(sample_weight, batch.losses + 2 * n_rows)
-    batch.weight = doubles_of(weight, batch.losses + 3 * n_rows)
-    batch.memory = <char*>(batch.losses + 3 * n_rows + n_classes)
+    batch.scales = doubles_of(grad_output if cnp.PyArray_Check(grad_output) else None, batch.losses + 3 * n_rows)
+    batch.weight = doubles_of(weight, batch.losses + 4 * n_rows)
+    batch.memory = <char*>(batch.losses + 4 * n_rows + n_classes)
     try:
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
@@ -506,19 +559,19 @@ def plain_cross_entropy(
             return None
         if sample_weight is not None:
             skip_weightless(&batch)
-        batch.scale = 1.0 if grad_output is None else grad_output
+        batch.scale = grad_output if type(grad_output) is float else 1.0
         if mean:
             batch.scale = batch.scale / divisor
         if with_grad and out is None:
-            out = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+            out = cnp.PyArray_EMPTY(2, shape, kind, 0)
         if with_hess and hess is None:
-            hess = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+            hess = cnp.PyArray_EMPTY(2, shape, kind, 0)
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
         batch.hess = <char*>cnp.PyArray_DATA(hess) if with_hess else NULL
         batch.out_stride = batch.hess_stride = batch.logits_stride
-        losses = cnp.PyArray_EMPTY(1, cnp.PyArray_DIMS(targets), kind, 0) if reduction == "none" else None
+        losses = cnp.PyArray_EMPTY(1, shape, kind, 0) if reduction == "none" else None
         take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
         if losses is None:
             losses = pairwise_sum(batch.losses, n_rows) / (divisor if mean else 1.0)
@@ -527,17 +580,6 @@ def plain_cross_entropy(
         return (losses, out, hess) if with_hess else (losses, out)
     finally:
         free(memory)
-
-
-cdef void copy_losses(cnp.ndarray place, const double* losses, Py_ssize_t n) noexcept:
-    cdef float* narrow
-    cdef Py_ssize_t i
-    if cnp.PyArray_TYPE(place) == cnp.NPY_FLOAT64:
-        memcpy(cnp.PyArray_DATA(place), losses, n * sizeof(double))
-    else:
-        narrow = <float*>cnp.PyArray_DATA(place)
-        for i in range(n):
-            narrow[i] = <float>losses[i]
 
 
 cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcept:
@@ -584,6 +626,20 @@ cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out, hess) noexcep
     return is_fit and (out is None or are_apart(out, weight)) and (hess is None or are_apart(hess, weight))
 
 
+# Whether `grad_output` is a plain factor: None, a float or, for rows one by one, n floats apart from `out` and `hess`.
+cdef bint is_plain_factor(grad_output, Py_ssize_t n, bint by_rows, out, hess) noexcept:
+    if grad_output is None or type(grad_output) is float:
+        return True
+    return (
+        by_rows
+        and is_plain(grad_output, 1)
+        and cnp.PyArray_DIM(grad_output, 0) == n
+        and cnp.PyArray_TYPE(grad_output) in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+        and (out is None or are_apart(out, grad_output))
+        and (hess is None or are_apart(hess, grad_output))
+    )
+
+
 cdef inline bint are_weights(const floating* numbers, Py_ssize_t n, double least) noexcept nogil:
     cdef Py_ssize_t i, n_bad = 0
     for i in range(n):
@@ -605,47 +661,9 @@ cdef double* doubles_of(weight, double* place) noexcept:
     return place
 
 
-cdef inline bint are_apart(out, other) noexcept:
-    cdef char* a = <char*>cnp.PyArray_DATA(out)
-    cdef char* b = <char*>cnp.PyArray_DATA(other)
-    return a + cnp.PyArray_NBYTES(out) <= b or b + cnp.PyArray_NBYTES(other) <= a
-
-
-cdef inline bint is_plain(array, int n_axes) noexcept:
-    return (
-        cnp.PyArray_CheckExact(array)
-        and cnp.PyArray_NDIM(array) == n_axes
-        and cnp.PyArray_ISCARRAY_RO(array)
-    )
-
-
-cpdef bint is_plain_gradient(out, logits):
+def is_plain_gradient(out, logits):
     """Return whether `out` is a plain writeable array like `logits`, of one and the same memory or apart from it."""
-    return (
-        is_plain(out, cnp.PyArray_NDIM(logits))
-        and is_plain(logits, cnp.PyArray_NDIM(logits))
-        and cnp.PyArray_ISWRITEABLE(out)
-        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
-        and cnp.PyArray_SAMESHAPE(out, logits)
-        and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
-    )
-
-
-# Copies ids with the ignored one as -1; returns how many are live, or -1 if one is out of range.
-cdef Py_ssize_t copy_ids(
-    cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes, int64_t ignored
-) noexcept nogil:
-    cdef const int64_t* wide = <const int64_t*>cnp.PyArray_DATA(targets)
-    cdef const int32_t* narrow = <const int32_t*>cnp.PyArray_DATA(targets)
-    cdef bint is_wide = cnp.PyArray_TYPE(targets) == cnp.NPY_INT64
-    cdef Py_ssize_t i, n_ignored = 0, n_outside = 0
-    cdef int64_t t
-    for i in range(n):
-        t = wide[i] if is_wide else narrow[i]
-        n_outside += 1 if <uint64_t>t >= <uint64_t>n_classes and t != ignored else 0
-        n_ignored += 1 if t == ignored else 0
-        ids[i] = -1 if t == ignored else t
-    return n - n_ignored if n_outside == 0 else -1
+    return is_gradient(out, logits)
 
 
 cdef void take_any_batch(Batch* batch, int num_threads, bint single):
@@ -734,22 +752,6 @@ cdef double total_weight(const Batch* batch) noexcept nogil:
 def sum_losses(cnp.ndarray losses):
     """Return the sum of `losses` (N,) float64: pairwise over fixed blocks, so its bits depend on the values alone."""
     return pairwise_sum(<double*>cnp.PyArray_DATA(losses), cnp.PyArray_DIM(losses, 0))
-
-
-cdef double pairwise_sum(const double* x, Py_ssize_t n) noexcept nogil:
-    cdef double[8] lanes
-    cdef Py_ssize_t i, lane, half
-    if n > 256:
-        half = n // 512 * 256 if n >= 512 else 256
-        return pairwise_sum(x, half) + pairwise_sum(x + half, n - half)
-    for lane in range(8):
-        lanes[lane] = 0.0
-    for i in range(0, n - 7, 8):
-        for lane in range(8):
-            lanes[lane] += x[i + lane]
-    for i in range(n - n % 8, n):
-        lanes[i % 8] += x[i]
-    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
 
 
 def has_openmp():

@@ -49,8 +49,7 @@ cdef enum:
     SMALL_CLASSES = 96
 
 
-# Rows [first, first + n): one sweep of exponentials over all of them, with one shift for all (2^50: exact for rows
-# whose sum lies between 2^-20 and 2^73); a row outside is taken by itself.
+# Rows [first, first + n).
 cdef inline void take_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
@@ -58,24 +57,7 @@ cdef inline void take_small_rows(
     cdef floating* terms = <floating*>terms_of(rows)
     cdef const floating* x = gather_rows(batch, rows, first, n, like)
     cdef int64_t* ids = batch.ids + first
-    cdef double total
-    cdef Py_ssize_t r, n_ignored, n_outside = 0
-    cdef ExpWindow window
-    window = exp_window(like, run_time_value(small_shift(like)), 0.0)
-    exp_terms(x, terms, n * n_classes, &window)
-    for r in range(n):
-        rows.shift[r] = window.shift
-        rows.offset[r] = 0.0
-    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
-    for r in range(n):
-        total = rows.others[r] + rows.at_target[r]
-        n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
-    if n_outside:
-        for r in range(n):
-            total = rows.others[r] + rows.at_target[r]
-            if not small_sum_low(like) <= total < sum_limit(like):
-                take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
-                rows.largest_part[r] = rows.others[r]
+    cdef Py_ssize_t r, n_ignored = sum_by_one_shift(x, terms, n_classes, ids, n, rows)
     load_scales(batch, rows, first, n)
     if n_ignored:
         for r in range(n):
@@ -96,6 +78,31 @@ cdef inline void take_small_rows(
         write_small_rows(batch, rows, first, n, terms)
     if batch.hess != NULL:
         curve_small_rows(batch, rows, first, n, terms)
+
+
+# The sums of n rows that lie side by side: one sweep of exponentials over all of them, with one shift for all (2^50:
+# exact for rows whose sum lies between 2^-20 and 2^73); a row outside is taken by itself. Returns how many are ignored.
+cdef inline Py_ssize_t sum_by_one_shift(
+    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
+    cdef ExpWindow window = exp_window(x, run_time_value(small_shift(x)), 0.0)
+    cdef Py_ssize_t r, n_ignored, n_outside = 0
+    cdef double total
+    exp_terms(x, terms, n * n_classes, &window)
+    for r in range(n):
+        rows.shift[r] = window.shift
+        rows.offset[r] = 0.0
+    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        n_outside += 0 if small_sum_low(x) <= total < sum_limit(x) else 1
+    if n_outside:
+        for r in range(n):
+            total = rows.others[r] + rows.at_target[r]
+            if not small_sum_low(x) <= total < sum_limit(x):
+                take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
+                rows.largest_part[r] = rows.others[r]
+    return n_ignored
 
 
 # The logits of a block, row after row: where they lie, or copied and transformed.
@@ -175,15 +182,19 @@ cdef inline Py_ssize_t sum_small_rows(
         else:
             rows.at_target[r] = row[t]
             rows.z_target[r] = x[r * n_classes + t]
-        if floating is float:
-            sum_lanes_float(row, n_classes, t, p + r * SMALL_LANES)
-        else:
-            sum_lanes_double(row, n_classes, t, p + r * SMALL_LANES)
+        sum_lanes(row, n_classes, t, p + r * SMALL_LANES)
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
         rows.largest_part[r] = larger_of(larger_of(p[i], p[i + 1]), larger_of(p[i + 2], p[i + 3]))
     return n_ignored
+
+
+cdef inline void sum_lanes(const floating* row, Py_ssize_t n, Py_ssize_t t, double* lanes) noexcept nogil:
+    if floating is float:
+        sum_lanes_float(row, n, t, lanes)
+    else:
+        sum_lanes_double(row, n, t, lanes)
 
 
 # Smoothing's part of the losses: share * sum(z_t - z_c). The last rows are copied: nothing is read beyond the logits.
@@ -341,10 +352,7 @@ cdef inline void curve_small_leader(
         leader += 1
     if leader == n_classes:
         return
-    if floating is float:
-        sum_lanes_float(terms, n_classes, leader, lanes)
-    else:
-        sum_lanes_double(terms, n_classes, leader, lanes)
+    sum_lanes(terms, n_classes, leader, lanes)
     miss = (((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + at_target) * curve.inverse
     p = terms[leader] * curve.inverse
     hess[leader] = <floating>(p * (curve.curved * miss + curve.squared * p))

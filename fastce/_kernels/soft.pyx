@@ -16,8 +16,10 @@ roundings of terms of one sign. Every sum has a fixed order that depends on the 
 """
 
 from cython.parallel cimport prange, threadid
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
@@ -26,32 +28,43 @@ from fastce._kernels.block cimport (
     BLOCK_ROWS,
     STREAM_BYTES,
     TASKS_PER_THREAD,
-    Scratch,
-    finish_rows,
-    is_normal,
-    miss_of,
+    before_line,
+    finish_row,
     put_row,
+    stream,
 )
+from fastce._kernels.cpu cimport team_for
 from fastce._kernels.general cimport (
     GRADIENT,
     LOG_SOFTMAX,
     Batch,
     Own,
     behind,
+    clear_row,
+    combine,
+    correct_piece,
     entry,
     entry_mass,
-    has_base_alone,
     has_dense_mass,
+    is_plain_row,
     is_skipped,
+    lying_mass,
     mask_of,
-    pull_at_maximum,
-    settle,
+    multiply,
+    push_of,
+    settle_maximum,
+    settle_row,
+    stage_mass,
     sum_far,
     sum_far_below,
+    weigh_terms,
+    write_hessian,
+    write_log_softmax,
 )
 from fastce._kernels.lanes cimport (
     CHUNK,
     LANES,
+    PREFETCH_BYTES,
     SUM_BLOCK,
     Sum,
     add_block,
@@ -60,49 +73,64 @@ from fastce._kernels.lanes cimport (
     buffer_elements,
     chunks_of,
     clear,
+    clear_largest,
     exp_last_block,
     exp_limit,
     exp_terms,
-    first_index_of,
+    fill_block,
+    first_largest,
     larger,
     larger_of,
+    note_largest,
+    note_last_block,
     prefetch,
     row_maximum,
     smaller,
     total_of,
     window_below,
 )
+from fastce._kernels.plain cimport (
+    GENERAL_SLAB_ELEMENTS,
+    are_apart,
+    are_ids,
+    copy_ids,
+    copy_losses,
+    is_denominator,
+    is_gradient,
+    is_native,
+    is_one_slab,
+    is_plain,
+    is_plain_activation,
+    pairwise_sum,
+    threads_of,
+)
+from fastce._kernels.short cimport BUFFER, SHORT_CLASSES, short_block_rows, take_short_rows
 from fastce._kernels.staged cimport hide, is_identity, padded, set_scale, stage_logits
-from fastce._kernels.tiles cimport TILE_CLASSES, take_tile, tile_elements
+
 from fastce._kernels.vexp cimport (
     ExpWindow,
-    bits_of_double,
     bits_of_float,
-    double_of_bits,
     exp_shifted,
     float_of_bits,
     floating,
-    multiply_add_double,
-    multiply_add_float,
 )
 
 cdef extern from "target.h" nogil:
-    int watch_forks "fastce_watch_forks" ()
-    bint is_forked_child "fastce_is_forked_child" ()
-    void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
-    void stream_double "fastce_stream_double" (
-        double* out, const double* terms, Py_ssize_t n, double factor, double shift
-    )
     void stream_fence "fastce_stream_fence" ()
+    ctypedef struct Rounding "fastce_rounding":
+        pass
+    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
+    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cnp.import_array()
-watch_forks()
 
 cdef enum:
     # Rows up to this length keep their logits, exponentials and mass; longer ones compute them again for the gradient.
     KEEP_CLASSES = 65536
+    ROWS_KEPT = 3           # one that leaves, one that is summed, one whose largest logit is looked for
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
     GIL_ELEMENTS = 2048     # batches below keep the GIL
+    DEFAULT_IGNORED = -100  # of ignore_index; with distributions no other is meant
     SLACK_BYTES = 128       # before each buffer of pieces: what exp_last_block writes in front of a short last piece
 
 
@@ -113,7 +141,12 @@ cdef struct Pieces:
     char* mass
     char* chain
     Py_ssize_t width        # elements from one row's piece to the next
-    Py_ssize_t step         # elements from one chunk's piece to the next: 0 where chunks overwrite each other
+    bint keep               # rows are whole and three are kept in turn, else there is room for one chunk
+
+
+# Where the piece of row r of a block begins that starts with class `start`.
+cdef inline Py_ssize_t place_of(const Own* own, const Pieces* pieces, Py_ssize_t r, Py_ssize_t start) noexcept nogil:
+    return own.turn[r] % ROWS_KEPT * pieces.width + start if pieces.keep else 0
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -135,8 +168,14 @@ cdef inline double sum_products(const floating* a, const floating* b, Py_ssize_t
     return finite_total_of(&sums)
 
 
-cdef inline bint is_distribution_alone(const Batch* batch) noexcept nogil:
-    return batch.distribution != NULL and batch.smoothing == 0.0 and batch.weight == NULL
+# The same where a product overflows in the dtype.
+cdef inline double sum_products_far(const floating* a, const floating* b, Py_ssize_t n) noexcept nogil:
+    cdef double[2] total
+    cdef Py_ssize_t i
+    total[0] = total[1] = 0.0
+    for i in range(n):
+        add_chunk(total, <double>a[i] * b[i])
+    return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
 # The sums of a piece of a row.
@@ -148,18 +187,26 @@ cdef struct Piece:
     double spread           # e_c * (z_m - z_c)
 
 
-# Memory that sum_pieces asks for on its way, as many elements as the piece has: the next row, which is looked through
-# for its maximum faster than memory delivers, and this row's results.
-cdef struct Wanted:
-    char* logits
-    char* mass
-    char* out
+# A row whose gradient (terms * push + mass * pull) or log-softmax ((terms - push) - pull, of its logits) is written
+# block by block while the next row is summed: the one is bound by the caches, the other by arithmetic.
+cdef struct Leaving:
+    char* out               # what is still to be written
+    char* terms
+    char* mass              # or NULL
+    Py_ssize_t left         # elements
+    double push
+    double pull
+    bint is_log
+    bint stream             # past the caches, from a 64-byte boundary on
 
 
-# The terms of a piece and all its sums, block by block while they are in the nearest cache. `mass` may be NULL.
+# The terms of a piece and all its sums, block by block while they are in the nearest cache. `mass` may be NULL, and so
+# may `after`: as large a piece of the next row, whose largest logit is looked for on the way. What is prefetched of
+# `mass` is the next row's, `mass_stride` bytes ahead: this row's arrived in the same way.
 cdef inline void sum_pieces(
     const floating* z, const floating* mass, floating* terms, Py_ssize_t n, Py_ssize_t top, const ExpWindow* window,
-    floating maximum, bint with_spread, const Wanted* wanted, Piece* piece,
+    floating maximum, bint with_spread, const floating* after, floating* largest, floating* where,
+    Py_ssize_t mass_stride, Leaving* leaving, Piece* piece,
 ) noexcept nogil:
     cdef floating offset = <floating>window.offset
     cdef floating low = <floating>window.low
@@ -172,24 +219,31 @@ cdef inline void sum_pieces(
     cdef const floating* a = NULL
     cdef Sum sums, masses, linear, spread
     clear(&sums)
-    clear(&masses)
-    clear(&linear)
-    clear(&spread)
+    if mass != NULL:
+        clear(&masses)
+        clear(&linear)
+    if with_spread:
+        clear(&spread)
     for block in range((n + SUM_BLOCK - 1) // SUM_BLOCK):
         start = block * SUM_BLOCK
         rest = n - start
         x = z + start
-        for i in range(SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
-            prefetch(wanted.logits + start * <Py_ssize_t>sizeof(floating) + i * 64)
-            prefetch(wanted.mass + start * <Py_ssize_t>sizeof(floating) + i * 64)
-            prefetch(wanted.out + start * <Py_ssize_t>sizeof(floating) + i * 64)
+        if after != NULL:
+            for i in range(SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
+                prefetch(<char*>(after + start) + PREFETCH_BYTES + i * 64)
         if mass != NULL:
             a = mass + start
+            for i in range(SUM_BLOCK * <Py_ssize_t>sizeof(floating) // 64):
+                prefetch(<char*>a + mass_stride + i * 64)
         if rest >= SUM_BLOCK:
             for lane in range(SUM_BLOCK):
                 terms[start + lane] = exp_shifted(x[lane], offset, low, high, magic)
+            if after != NULL:
+                note_largest(after + start, block, largest, where)
         else:
             exp_last_block(x, terms + start, rest, offset, low, high, magic)
+            if after != NULL:
+                note_last_block(after + start, start, rest, largest, where)
             fill_block(last, x, rest, maximum)
             x = last
             if mass != NULL:
@@ -204,30 +258,49 @@ cdef inline void sum_pieces(
             add_block_products(a, x, maximum, &linear)
         if with_spread:
             add_block_products(terms + start, x, maximum, &spread)
+        if leaving.left >= SUM_BLOCK:
+            write_leaving(z, SUM_BLOCK, leaving)
     if 0 <= top < n:
         terms[top] = 0      # the last block may have overlapped it
     piece.terms = total_of(&sums)
-    piece.mass = total_of(&masses)
-    piece.linear = finite_total_of(&linear)
-    piece.spread = finite_total_of(&spread)
+    piece.mass = piece.linear = piece.spread = 0.0
+    if mass != NULL:
+        piece.mass = total_of(&masses)
+        piece.linear = finite_total_of(&linear)
+    if with_spread:
+        piece.spread = finite_total_of(&spread)
 
 
-# Any address will do where there is nothing to ask for.
-cdef inline Wanted wanted_by(const Batch* batch, Py_ssize_t row, Py_ssize_t start) noexcept nogil:
-    cdef Wanted wanted
-    wanted.logits = wanted.mass = wanted.out = batch.logits + (row + 1) * batch.logits_stride + start
-    if batch.distribution != NULL:
-        wanted.mass = batch.distribution + (row + 1) * batch.distribution_stride + start
-    if batch.out != NULL and not batch.stream:
-        wanted.out = batch.out + row * batch.out_stride + start
-    return wanted
+# The next n <= SUM_BLOCK elements of a row that leaves; streamed ones pass through a buffer.
+cdef inline void write_leaving(const floating* like, Py_ssize_t n, Leaving* leaving) noexcept nogil:
+    cdef floating[SUM_BLOCK] buffer
+    cdef floating* out = <floating*>leaving.out
+    cdef floating* place = out
+    cdef const floating* terms = <const floating*>leaving.terms
+    cdef const floating* mass = <const floating*>leaving.mass
+    cdef floating push = <floating>leaving.push
+    cdef floating pull = <floating>leaving.pull
+    cdef Py_ssize_t lines
+    if leaving.stream:
+        place = buffer
+    if leaving.is_log:
+        write_log_softmax(place, terms, n, push, pull)
+    else:
+        weigh_terms(place, terms, mass, n, push, pull)
+    if mass != NULL:
+        leaving.mass += n * sizeof(floating)
+    if leaving.stream:
+        lines = n - n % (64 // <Py_ssize_t>sizeof(floating))
+        stream(out, buffer, lines, 1, -0.0)
+        memcpy(out + lines, buffer + lines, (n - lines) * sizeof(floating))
+    leaving.out += n * sizeof(floating)
+    leaving.terms += n * sizeof(floating)
+    leaving.left -= n
 
 
-cdef inline void fill_block(floating* block, const floating* numbers, Py_ssize_t n, floating rest) noexcept nogil:
-    cdef Py_ssize_t i
-    memcpy(block, numbers, n * sizeof(floating))
-    for i in range(n, SUM_BLOCK):
-        block[i] = rest
+cdef inline void end_leaving(const floating* like, Leaving* leaving) noexcept nogil:
+    while leaving.left > 0:
+        write_leaving(like, smaller(leaving.left, SUM_BLOCK), leaving)
 
 
 # An infinite sum has no rounding errors to carry.
@@ -240,52 +313,14 @@ cdef inline double finite_total_of(Sum* sums) noexcept nogil:
 
 # ---- one row, first time -------------------------------------------------------------------------------------------
 
-# The dense mass of a chunk; `n_shown` classes share the smoothing.
-cdef inline const floating* stage_mass(
-    const Batch* batch, Py_ssize_t row, Py_ssize_t start, Py_ssize_t n, Py_ssize_t n_shown, floating* mass,
-    const floating* like,
-) noexcept nogil:
-    cdef const uint8_t* mask = mask_of(batch, row)
-    cdef const floating* base = <const floating*>batch.base
-    cdef double uniform
-    cdef Py_ssize_t i
-    if has_base_alone(batch):
-        return base + start
-    if is_distribution_alone(batch):
-        return <const floating*>(batch.distribution + row * batch.distribution_stride) + start
-    if batch.distribution == NULL:
-        for i in range(n):
-            mass[i] = 0
-    else:
-        memcpy(
-            mass, batch.distribution + row * batch.distribution_stride + start * sizeof(floating), n * sizeof(floating)
-        )
-        if batch.weight != NULL:
-            for i in range(n):
-                mass[i] = <floating>(mass[i] * batch.certain * batch.weight[start + i])
-        elif batch.certain != 1.0:
-            for i in range(n):
-                mass[i] = <floating>(mass[i] * batch.certain)
-    if batch.smoothing != 0.0:
-        if base != NULL:
-            for i in range(n):
-                mass[i] += base[start + i]
-        else:
-            uniform = batch.smoothing / n_shown
-            for i in range(n):
-                if mask[start + i]:
-                    mass[i] += <floating>(uniform if batch.weight == NULL else uniform * batch.weight[start + i])
-    return mass
-
-
 # The logits of a chunk: where they lie, or transformed into a piece of their own if `fresh`, else where they were put.
 cdef inline const floating* stage(
-    const Batch* batch, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start, Py_ssize_t n, bint fresh,
-    const floating* like,
+    const Batch* batch, const Own* own, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start,
+    Py_ssize_t n, bint fresh, const floating* like,
 ) noexcept nogil:
     cdef const uint8_t* mask = mask_of(batch, row)
     cdef const floating* x = <const floating*>(batch.logits + row * batch.logits_stride) + start
-    cdef Py_ssize_t place = r * pieces.width + start // CHUNK * pieces.step
+    cdef Py_ssize_t place = place_of(own, pieces, r, start)
     if is_identity(&batch.transform):
         return x
     if fresh:
@@ -300,65 +335,94 @@ cdef inline const floating* stage(
 cdef inline void find_maximum(
     const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, const floating* like
 ) noexcept nogil:
-    cdef const uint8_t* mask = mask_of(batch, row)
+    cdef floating[LANES] largest
+    cdef floating[LANES] where
     cdef const floating* z
-    cdef floating maximum = -INFINITY, largest
-    cdef Py_ssize_t chunk, start, n, i, index = 0, n_shown = 0
+    cdef Py_ssize_t chunk, start, n, block, rest
+    clear_maximum(own, r)
     for chunk in range(chunks_of(batch.n_classes)):
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
-        z = stage(batch, pieces, row, r, start, n, True, like)
-        largest = row_maximum(z, n)
-        if largest > maximum:
-            maximum = largest
-            index = start + first_index_of(z, largest, n)
-    if batch.smoothing != 0.0 and batch.base == NULL:
-        for i in range(batch.n_classes):
-            n_shown += mask[i] != 0
-    own.maximum[r] = maximum
-    own.argmax[r] = index
-    own.n_shown[r] = n_shown
-    own.window[r] = window_below(like, maximum)
-    if fabs(maximum) == INFINITY:
-        own.infinite[r] = maximum
-        z = <const floating*>(batch.logits + row * batch.logits_stride)
-        for i in range(batch.n_classes):
-            own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
+        z = stage(batch, own, pieces, row, r, start, n, True, like)
+        clear_largest(largest, where)
+        for block in range((n + SUM_BLOCK - 1) // SUM_BLOCK):
+            rest = n - block * SUM_BLOCK
+            if rest >= SUM_BLOCK:
+                note_largest(z + block * SUM_BLOCK, block, largest, where)
+            else:
+                note_last_block(z + block * SUM_BLOCK, block * SUM_BLOCK, rest, largest, where)
+        raise_maximum(own, r, start, z, n, largest, where)
+    settle_window(batch, own, row, r, like)
 
 
-# All sums of a row: exponentials and mass. Sums over chunks carry their rounding errors along.
-cdef inline void measure_row(
-    const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, const floating* like
+cdef inline void clear_maximum(Own* own, Py_ssize_t r) noexcept nogil:
+    own.maximum[r] = -INFINITY
+    own.argmax[r] = 0
+
+
+# The row's maximum after one more piece, n classes from `start` on.
+cdef inline void raise_maximum(
+    Own* own, Py_ssize_t r, Py_ssize_t start, const floating* z, Py_ssize_t n, const floating* largest,
+    const floating* where,
 ) noexcept nogil:
-    cdef Py_ssize_t chunk, start, n, i, index, place, top
-    cdef double a, at_maximum = 0.0
+    cdef Py_ssize_t index
+    cdef floating most = first_largest(z, n, largest, where, &index)
+    if most > own.maximum[r]:
+        own.maximum[r] = most
+        own.argmax[r] = start + index
+
+
+# What follows from a row's largest logit.
+cdef inline void settle_window(
+    const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r, const floating* like
+) noexcept nogil:
+    own.window[r] = window_below(like, own.maximum[r])
+    settle_maximum(batch, own, row, r, <const floating*>(batch.logits + row * batch.logits_stride))
+
+
+# All sums of row r of a block: exponentials and mass, by its largest logit, which is known. Sums over chunks carry
+# their rounding errors along. On the way that of row `next` (if it is not -1) becomes known, and another row leaves.
+cdef inline void measure_row(
+    const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t first, Py_ssize_t r, Py_ssize_t next,
+    Leaving* leaving, const floating* like,
+) noexcept nogil:
+    cdef Py_ssize_t row = first + r, chunk, start, n, i, index, place, top
+    cdef double a, hit, at_maximum = 0.0
     cdef Piece piece
-    cdef Wanted wanted
     cdef double[2] total
     cdef double[2] mass
     cdef double[2] linear
     cdef double[2] spread
+    cdef floating[LANES] largest
+    cdef floating[LANES] where
     cdef const floating* z
-    cdef floating* terms
-    cdef bint again = pieces.step == 0 and batch.n_classes > CHUNK     # chunks have overwritten each other
+    cdef const floating* after = NULL
     cdef const floating* dense
+    cdef floating* terms
+    cdef bint again = not pieces.keep     # chunks have overwritten each other
     total[0] = total[1] = mass[0] = mass[1] = linear[0] = linear[1] = spread[0] = spread[1] = 0.0
-    find_maximum(batch, own, pieces, row, r, like)
+    if next >= 0:
+        clear_maximum(own, next)
     own.mass_at_maximum[r] = own.hit[r] = own.largest_mass[r] = 0.0
     for chunk in range(chunks_of(batch.n_classes)):
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
-        place = r * pieces.width + start // CHUNK * pieces.step
+        place = place_of(own, pieces, r, start)
         terms = <floating*>pieces.terms + place
-        z = stage(batch, pieces, row, r, start, n, again, like)
+        z = stage(batch, own, pieces, row, r, start, n, again, like)
+        if next >= 0:
+            after = stage(batch, own, pieces, first + next, next, start, n, True, like)
+            clear_largest(largest, where)
         top = own.argmax[r] - start
         dense = NULL
         if has_dense_mass(batch):
             dense = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
-        wanted = wanted_by(batch, row, start * sizeof(floating))
         sum_pieces(
-            z, dense, terms, n, top, &own.window[r], <floating>own.maximum[r], batch.entropy != NULL, &wanted, &piece
+            z, dense, terms, n, top, &own.window[r], <floating>own.maximum[r], batch.entropy != NULL, after, largest,
+            where, batch.distribution_stride, leaving, &piece,
         )
+        if next >= 0:
+            raise_maximum(own, next, start, after, n, largest, where)
         add_chunk(total, piece.terms)
         add_chunk(spread, piece.spread)
         if 0 <= top < n:
@@ -372,10 +436,11 @@ cdef inline void measure_row(
                 own.mass_at_maximum[r] += dense[top]
                 add_chunk(mass, -dense[top])
             if fabs(own.maximum[r]) > exp_limit(like) or not piece.linear < INFINITY:
-                piece.linear = sum_far_below(dense, z, own.maximum[r], n, 1)
+                piece.linear = sum_far_below(dense, z, own.maximum[r], n)
             add_chunk(linear, piece.linear)
             if batch.probability != NULL:
-                own.hit[r] += sum_products(dense, terms, n)
+                hit = sum_products(dense, terms, n)
+                own.hit[r] += hit if hit < INFINITY else sum_products_far(dense, terms, n)
                 if 0 <= top < n:
                     own.hit[r] += dense[top] * at_maximum
                 own.largest_mass[r] = larger_of(own.largest_mass[r], row_maximum(dense, n))
@@ -390,6 +455,8 @@ cdef inline void measure_row(
                 if batch.probability != NULL:
                     own.hit[r] += a * (at_maximum if index - start == top else terms[index - start])
                     own.largest_mass[r] = larger_of(own.largest_mass[r], entry_mass(batch, row, index))
+    if next >= 0:
+        settle_window(batch, own, first + next, next, like)
     own.mass[r] = mass[0] + mass[1]
     own.linear[r] = linear[0] + linear[1] if linear[0] < INFINITY else linear[0]
     own.spread[r] = spread[0] + spread[1]
@@ -403,22 +470,119 @@ cdef inline void measure_row(
 
 # ---- the block -----------------------------------------------------------------------------------------------------
 
+# Rows [first, first + n) one by one; where rows are kept, the next row's largest logit is found and the row before is
+# written while a row is summed.
 cdef inline void take_block(
     const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, next, before = -1, n_live = 0
+    cdef Leaving leaving
+    leaving.left = 0
     for r in range(n):
+        own.argmax[r] = 0
+        own.turn[r] = n_live
         if is_skipped(batch, first + r):
             own.argmax[r] = -1
             own.maximum[r] = 0.0
             put_row(&own.rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
+            finish_row(&own.rows, r)
+            settle_row(batch, own, first, r)
+            clear_row(batch, first + r, like)
         else:
-            measure_row(batch, own, pieces, first + r, r, like)
-    finish_rows(&own.rows, n)
-    settle(batch, own, first, n)
-    if batch.out != NULL or batch.hess != NULL:
-        for r in range(n):
+            n_live += 1
+    r = next_row(own, -1, n)
+    if r < n:
+        find_maximum(batch, own, pieces, first + r, r, like)
+    while r < n:
+        next = next_row(own, r, n)
+        measure_row(batch, own, pieces, first, r, next if pieces.keep and next < n else -1, &leaving, like)
+        end_leaving(like, &leaving)
+        if before >= 0:
+            correct_row(batch, own, first, before, like)
+        finish_row(&own.rows, r)
+        settle_row(batch, own, first, r)
+        before = -1
+        if may_leave(batch, own, pieces, r, like):
+            begin_leaving(batch, own, pieces, first, r, &leaving, like)
+            before = r
+        elif batch.out != NULL or batch.hess != NULL:
             write_row(batch, own, pieces, first + r, r, like)
+        if next < n and not pieces.keep:
+            find_maximum(batch, own, pieces, first + next, next, like)
+        r = next
+    end_leaving(like, &leaving)
+    if before >= 0:
+        correct_row(batch, own, first, before, like)
+
+
+# The next row of a block that is looked at, n if there is none.
+cdef inline Py_ssize_t next_row(const Own* own, Py_ssize_t r, Py_ssize_t n) noexcept nogil:
+    r += 1
+    while r < n and own.argmax[r] < 0:
+        r += 1
+    return r
+
+
+# Whether row r can be written while the next one is summed: nothing but its gradient, by factors that are normal
+# numbers, or its log-softmax.
+cdef inline bint may_leave(
+    const Batch* batch, const Own* own, const Pieces* pieces, Py_ssize_t r, const floating* like
+) noexcept nogil:
+    if batch.out == NULL or batch.hess != NULL or not pieces.keep:
+        return False
+    if batch.kind == LOG_SOFTMAX:
+        return True
+    return (
+        batch.transform.cap == 0.0
+        and batch.transform.mask == NULL
+        and is_plain_row(own, r, like, has_dense_mass(batch))
+    )
+
+
+# Row r begins to leave; what lies before the first 64-byte boundary of a streamed one is written at once.
+cdef inline void begin_leaving(
+    const Batch* batch, Own* own, const Pieces* pieces, Py_ssize_t first, Py_ssize_t r, Leaving* leaving,
+    const floating* like,
+) noexcept nogil:
+    cdef Py_ssize_t place = place_of(own, pieces, r, 0), row = first + r
+    cdef floating* out = <floating*>(batch.out + row * batch.out_stride)
+    leaving.out = <char*>out
+    leaving.left = batch.n_classes
+    leaving.mass = NULL
+    leaving.is_log = batch.kind == LOG_SOFTMAX
+    leaving.stream = False
+    if leaving.is_log:
+        leaving.terms = <char*>stage(batch, own, pieces, row, r, 0, batch.n_classes, False, like)
+        leaving.push = own.maximum[r]
+        leaving.pull = own.rows.loss[r]
+    else:
+        leaving.terms = <char*>(<floating*>pieces.terms + place)
+        leaving.push = push_of(own, r)
+        leaving.pull = -own.factor[r]
+        if has_dense_mass(batch):
+            leaving.mass = <char*>kept_mass(batch, own, pieces, row, r, 0, like)
+    if batch.stream:
+        write_leaving(like, before_line(out, batch.n_classes), leaving)
+        leaving.stream = True
+
+
+# The dense mass of the classes from `start` on, of a row that was summed.
+cdef inline const floating* kept_mass(
+    const Batch* batch, const Own* own, const Pieces* pieces, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start,
+    const floating* like,
+) noexcept nogil:
+    cdef const floating* lying = lying_mass(batch, row, start, like)
+    return <const floating*>pieces.mass + place_of(own, pieces, r, start) if lying == NULL else lying
+
+
+# What is left to do once row r's gradient has left: the entries, and the largest logit.
+cdef inline void correct_row(
+    const Batch* batch, const Own* own, Py_ssize_t first, Py_ssize_t r, const floating* like
+) noexcept nogil:
+    if batch.kind == GRADIENT:
+        correct_piece(
+            batch, own, first + r, r, 0, <floating*>(batch.out + (first + r) * batch.out_stride), batch.n_classes
+        )
 
 
 # ---- one row, second time ------------------------------------------------------------------------------------------
@@ -432,35 +596,28 @@ cdef inline void write_row(
     cdef Py_ssize_t chunk, start, n, place, top
     cdef const floating* z
     cdef floating* terms
-    cdef bint again = pieces.step == 0 and batch.n_classes > CHUNK     # chunks have overwritten each other
+    cdef bint again = not pieces.keep     # chunks have overwritten each other
     cdef const floating* mass
-    if own.argmax[r] < 0:
-        if batch.out != NULL:
-            memset(out, 0, batch.n_classes * sizeof(floating))
-        if batch.hess != NULL:
-            memset(hess, 0, batch.n_classes * sizeof(floating))
-        return
     for chunk in range(chunks_of(batch.n_classes)):
         start = chunk * CHUNK
         n = smaller(CHUNK, batch.n_classes - start)
-        place = r * pieces.width + start // CHUNK * pieces.step
+        place = place_of(own, pieces, r, start)
         terms = <floating*>pieces.terms + place
         mass = NULL
         top = own.argmax[r] - start
-        z = stage(batch, pieces, row, r, start, n, again, like)
+        z = stage(batch, own, pieces, row, r, start, n, again, like)
         if again and batch.kind == GRADIENT:
             exp_terms(z, terms, n, &own.window[r])
             if 0 <= top < n:
                 terms[top] = 0
         if batch.kind == GRADIENT and has_dense_mass(batch):
-            mass = <floating*>pieces.mass + place
-            if has_base_alone(batch):
-                mass = <const floating*>batch.base + start
-            elif again or is_distribution_alone(batch):
+            if again:
                 mass = stage_mass(batch, row, start, n, own.n_shown[r], <floating*>pieces.mass + place, like)
+            else:
+                mass = kept_mass(batch, own, pieces, row, r, start, like)
         results = terms if batch.stream else out + start
         if batch.kind == LOG_SOFTMAX:
-            write_log_softmax(own, r, z, results, n)
+            write_log_softmax(results, z, n, <floating>own.maximum[r], <floating>own.rows.loss[r])
             if batch.stream:
                 stream_piece(out + start, results, n)
             continue
@@ -470,7 +627,8 @@ cdef inline void write_row(
             if mask_of(batch, row) != NULL:
                 hide(mask_of(batch, row) + start, hess + start, n)
         if batch.out != NULL:
-            write_gradient(batch, own, row, r, start, terms, mass, results, n, top)
+            combine(own, r, results, terms, mass, n)
+            correct_piece(batch, own, row, r, start, results, n)
             if batch.transform.cap != 0.0:
                 multiply(results, <const floating*>pieces.chain + place, n)
             if mask_of(batch, row) != NULL:
@@ -482,97 +640,11 @@ cdef inline void write_row(
 # A piece of a gradient leaves past the caches, but for the ends that do not fill a line.
 cdef inline void stream_piece(floating* out, const floating* results, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t line = 64 // <Py_ssize_t>sizeof(floating)
-    cdef Py_ssize_t head = smaller(n, (64 - <uintptr_t>out % 64) % 64 // sizeof(floating))
+    cdef Py_ssize_t head = before_line(out, n)
     cdef Py_ssize_t body = (n - head) // line * line
     memcpy(out, results, head * sizeof(floating))
-    if floating is float:
-        stream_float(out + head, results + head, body, 1, -0.0)
-    else:
-        stream_double(out + head, results + head, body, 1, -0.0)
+    stream(out + head, results + head, body, 1, -0.0)
     memcpy(out + head + body, results + head + body, (n - head - body) * sizeof(floating))
-
-
-cdef inline void multiply(floating* out, const floating* chain, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        out[i] = out[i] * chain[i]
-
-
-cdef inline void write_gradient(
-    const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r, Py_ssize_t start, const floating* terms,
-    const floating* mass, floating* out, Py_ssize_t n, Py_ssize_t top,
-) noexcept nogil:
-    cdef Scratch* rows = &own.rows
-    cdef double factor = own.factor[r], inverse = rows.inverse[r], a
-    cdef Py_ssize_t i, index
-    combine(out, terms, mass, n, rows.scale[r], inverse, factor)
-    for i in range(batch.n_entries):
-        a = entry(batch, row, i, &index)
-        if 0 <= index - start < n and a != 0.0:
-            out[index - start] = <floating>(out[index - start] - a * factor)
-    if 0 <= top < n:
-        out[top] = <floating>pull_at_maximum(own, r)
-
-
-# out = (terms * (scale/S) - mass) * factor, in the dtype where all factors are normal numbers of it, else in float64
-# and by the power of two in 1/S first: nothing then under- or overflows on the way.
-cdef inline void combine(
-    floating* out, const floating* terms, const floating* mass, Py_ssize_t n, double scale, double inverse,
-    double factor,
-) noexcept nogil:
-    cdef floating push = <floating>(scale * inverse * factor)
-    cdef floating pull = <floating>(-factor)
-    cdef double power, rest
-    cdef Py_ssize_t i
-    if is_normal(out, scale * factor, inverse) and (mass == NULL or is_normal(out, factor, 1.0)):
-        if mass == NULL:
-            for i in range(n):
-                out[i] = terms[i] * push
-        else:
-            for i in range(n):
-                if floating is float:
-                    out[i] = multiply_add_float(terms[i], push, mass[i] * pull)
-                else:
-                    out[i] = multiply_add_double(terms[i], push, mass[i] * pull)
-        return
-    power = double_of_bits(bits_of_double(inverse) & <uint64_t>0x7ff0000000000000)
-    rest = scale * (inverse / power)
-    for i in range(n):
-        out[i] = <floating>(((terms[i] * power) * rest - (0.0 if mass == NULL else mass[i])) * factor)
-
-
-# p * ((A + 2 z_loss lse)(1 - p) + 2 z_loss p) by the row's factor; at the largest logit 1 - p is others/S.
-cdef inline void write_hessian(
-    const Batch* batch, Own* own, Py_ssize_t r, const floating* terms, floating* hess, Py_ssize_t n, Py_ssize_t top
-) noexcept nogil:
-    cdef Scratch* rows = &own.rows
-    cdef double factor = own.factor[r] * batch.transform.scale
-    cdef double curve = rows.scale[r] * factor, square = 2.0 * batch.z_loss * factor, p, miss
-    cdef floating inverse = <floating>rows.inverse[r]
-    cdef floating curved = <floating>curve, squared = <floating>square, probability
-    cdef Py_ssize_t i
-    if is_normal(hess, curve, 1.0) and is_normal(hess, square, 1.0):
-        for i in range(n):
-            probability = terms[i] * inverse
-            hess[i] = probability * (curved * (1 - probability) + squared * probability)
-    else:
-        for i in range(n):
-            p = terms[i] * rows.inverse[r]
-            hess[i] = <floating>(p * (curve * (1.0 - p) + square * p))
-    if 0 <= top < n:
-        p = rows.at_target[r] * rows.inverse[r]
-        miss = miss_of(rows.others[r], rows.at_target[r])
-        hess[top] = <floating>(p * (curve * miss + square * p))
-
-
-cdef inline void write_log_softmax(
-    const Own* own, Py_ssize_t r, const floating* z, floating* out, Py_ssize_t n
-) noexcept nogil:
-    cdef floating maximum = <floating>own.maximum[r]
-    cdef floating least = <floating>own.rows.loss[r]
-    cdef Py_ssize_t i
-    for i in range(n):
-        out[i] = (z[i] - maximum) - least
 
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
@@ -589,16 +661,19 @@ cdef struct Plan:
 
 cdef Plan plan_batch(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads) noexcept nogil:
     cdef Plan plan
-    plan.block_rows = larger(1, CHUNK // buffer_elements(n_classes))
-    plan.width = buffer_elements(n_classes)
-    plan.piece = plan.width * plan.block_rows if n_classes <= KEEP_CLASSES else CHUNK
-    if n_classes <= TILE_CLASSES:
-        plan.block_rows = BLOCK_ROWS
-        plan.piece = tile_elements(n_classes) // 4
+    plan.block_rows = BLOCK_ROWS
+    # Rows whose pieces lie a multiple of 4 KB apart would get in each other's way.
+    plan.width = buffer_elements(n_classes) + 2 * LANES
+    plan.piece = ROWS_KEPT * plan.width if n_classes <= KEEP_CLASSES else CHUNK
+    if n_classes <= SHORT_CLASSES:
+        plan.block_rows = short_block_rows(n_classes)
+        plan.piece = BUFFER
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
-    plan.task_rows = larger(plan.task_rows - plan.task_rows % plan.block_rows, plan.block_rows)
+    if plan.task_rows > plan.block_rows:
+        plan.task_rows -= plan.task_rows % plan.block_rows
+    plan.task_rows = larger(plan.task_rows, plan.block_rows if n_classes <= SHORT_CLASSES else 1)
     plan.n_tasks = (n_rows + plan.task_rows - 1) // plan.task_rows
-    plan.num_threads = 1 if is_forked_child() else <int>larger(1, smaller(num_threads, plan.n_tasks))
+    plan.num_threads = <int>larger(1, smaller(num_threads, plan.n_tasks))
     plan.thread_bytes = sizeof(Own) + 64 + 4 * (plan.piece * itemsize + SLACK_BYTES)
     plan.thread_bytes += (64 - plan.thread_bytes % 64) % 64
     return plan
@@ -611,37 +686,41 @@ cdef void take_task(
     cdef Py_ssize_t n_bytes = plan.piece * sizeof(floating) + SLACK_BYTES
     cdef Py_ssize_t first = task * plan.task_rows, end = smaller(batch.n_rows, first + plan.task_rows)
     cdef Pieces pieces
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     pieces.z = behind(own)
     pieces.terms = pieces.z + n_bytes
     pieces.mass = pieces.terms + n_bytes
     pieces.chain = pieces.mass + n_bytes
-    pieces.width = plan.width if batch.n_classes <= KEEP_CLASSES else 0
-    pieces.step = CHUNK if batch.n_classes <= KEEP_CLASSES else 0
+    pieces.width = plan.width
+    pieces.keep = batch.n_classes <= KEEP_CLASSES
     while first < end:
-        if batch.n_classes <= TILE_CLASSES:
-            take_tile(batch, own, first, smaller(plan.block_rows, end - first), like)
+        if batch.n_classes <= SHORT_CLASSES:
+            take_short_rows(batch, own, first, smaller(plan.block_rows, end - first), like)
         else:
             take_block(batch, own, &pieces, first, smaller(plan.block_rows, end - first), like)
         first += plan.block_rows
     if batch.stream:
         stream_fence()
+    round_as_before(&rounding)
 
 
 cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Plan plan = plan_batch(batch.n_rows, batch.n_classes, sizeof(floating), num_threads)
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t task
+    cdef int team = team_for(plan.num_threads)
     batch.stream = (
         batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
         and batch.out != batch.logits
     )
     if batch.base != NULL:
         memory += place_base(batch, <floating*>memory)
-    if plan.num_threads == 1:
+    if team == 1:
         for task in range(plan.n_tasks):
             take_task(batch, &plan, memory, task, like)
     else:
-        for task in prange(plan.n_tasks, num_threads=plan.num_threads, schedule="dynamic", chunksize=1):
+        for task in prange(plan.n_tasks, num_threads=team, schedule="dynamic", chunksize=1):
             take_task(batch, &plan, memory + threadid() * plan.thread_bytes, task, like)
 
 
@@ -663,10 +742,12 @@ cdef inline Py_ssize_t base_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noe
 
 def memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
     """Return the bytes of working memory for calls of at most `n_rows` rows."""
-    cdef Plan plan
-    cdef Py_ssize_t most = 0, rows = larger(1, n_rows)
-    plan = plan_batch(rows, n_classes, itemsize, num_threads)
-    most = larger(1, smaller(num_threads, (rows + plan.block_rows - 1) // plan.block_rows))
+    return memory_for(n_rows, n_classes, itemsize, num_threads)
+
+
+cdef Py_ssize_t memory_for(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads) noexcept:
+    cdef Plan plan = plan_batch(larger(1, n_rows), n_classes, itemsize, num_threads)
+    cdef Py_ssize_t most = larger(1, smaller(num_threads, n_rows))
     return most * plan.thread_bytes + base_bytes(n_classes, itemsize) + 64
 
 
@@ -678,16 +759,21 @@ cdef inline Py_ssize_t stride_of(array) noexcept:
     return 0 if array is None else cnp.PyArray_STRIDE(<cnp.ndarray>array, 0)
 
 
-cdef Batch batch_of(cnp.ndarray logits, cnp.ndarray memory):
+cdef Batch empty_batch() noexcept:
     cdef Batch batch
     memset(&batch, 0, sizeof(batch))
+    batch.scale = batch.certain = 1.0
+    set_scale(&batch.transform, 1.0, True)
+    return batch
+
+
+cdef Batch batch_of(cnp.ndarray logits, char* memory):
+    cdef Batch batch = empty_batch()
     batch.n_rows = cnp.PyArray_DIM(logits, 0)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
     batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.logits_stride = cnp.PyArray_STRIDE(logits, 0)
-    batch.scale = batch.certain = 1.0
-    set_scale(&batch.transform, 1.0, True)
-    batch.memory = <char*>cnp.PyArray_DATA(memory)
+    batch.memory = memory
     return batch
 
 
@@ -718,7 +804,7 @@ def soft_rows(
     `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) is
     uint8. `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
     """
-    cdef Batch batch = batch_of(logits, memory)
+    cdef Batch batch = batch_of(logits, data_of(memory))
     batch.losses = <double*>cnp.PyArray_DATA(losses)
     batch.indices = <int64_t*>data_of(indices)
     batch.values = <double*>data_of(values)
@@ -750,6 +836,92 @@ def soft_rows(
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
 
 
+# The plain case in one call, as in rows.pyx. Whatever is not plain, errors included, is left to the general way: the
+# answer is None and nothing has been written.
+def plain_distributions(
+    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
+    class_mask, str reduction, denominator, num_threads, grad_output, Py_ssize_t serial_elements, choose_threads,
+):
+    """Return (reduced losses, gradient or None) against distributions like the logits, (N, C) without options."""
+    cdef Batch batch
+    cdef int kind, threads
+    cdef bint mean = reduction == "mean"
+    cdef double divisor = 1.0
+    cdef Py_ssize_t n_bytes
+    cdef cnp.npy_intp shape[2]
+    cdef double* losses
+    if not is_plain(targets, 2):
+        return None
+    threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    if (
+        threads == 0
+        or not is_plain(logits, 2)
+        or not is_plain(targets, 2)
+        or not is_native(logits)
+        or cnp.PyArray_TYPE(targets) != cnp.PyArray_TYPE(logits)
+        or not cnp.PyArray_SAMESHAPE(targets, logits)
+        or not is_one_slab(cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1), GENERAL_SLAB_ELEMENTS)
+        or weight is not None
+        or sample_weight is not None
+        or class_mask is not None
+        or not (type(ignore_index) is int and ignore_index == DEFAULT_IGNORED)
+        or not (is_float(label_smoothing, 0.0) and is_float(logit_scale, 1.0) and is_float(z_loss, 0.0))
+        or not (grad_output is None or type(grad_output) is float)
+        or not is_denominator(denominator, mean)
+        or (out is not None and not (is_gradient(out, logits) and are_apart(out, targets)))
+    ):
+        return None
+    kind = cnp.PyArray_TYPE(logits)
+    batch = batch_of(logits, NULL)
+    batch.distribution = data_of(targets)
+    batch.distribution_stride = stride_of(targets)
+    shape[0], shape[1] = batch.n_rows, batch.n_classes
+    if mean:
+        divisor = batch.n_rows if denominator is None else denominator
+    batch.scale = (1.0 if grad_output is None else <double>grad_output) / divisor
+    n_bytes = memory_for(batch.n_rows, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
+    losses = <double*>malloc(batch.n_rows * sizeof(double) + n_bytes)
+    if losses == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.losses = losses
+    batch.memory = <char*>(losses + batch.n_rows)
+    try:
+        if not is_mass_of(&batch, kind == cnp.NPY_FLOAT32, threads):
+            return None
+        if with_grad:
+            out = cnp.PyArray_EMPTY(2, shape, kind, 0) if out is None else out
+            batch.out = data_of(out)
+            batch.out_stride = batch.logits_stride
+        by_rows = cnp.PyArray_EMPTY(1, shape, kind, 0) if reduction == "none" else None
+        run(&batch, kind == cnp.NPY_FLOAT32, threads)
+        if by_rows is None:
+            return pairwise_sum(losses, shape[0]) / divisor, out
+        copy_losses(by_rows, losses, shape[0])
+        return by_rows, out
+    finally:
+        free(losses)
+
+
+cdef inline bint is_float(value, double neutral) noexcept:
+    return type(value) is float and <double>value == neutral
+
+
+# Whether the distributions of a batch, which lie without gaps, are finite and >= 0; small ones are looked through
+# without letting go of the interpreter.
+cdef bint is_mass_of(const Batch* batch, bint single, int num_threads):
+    cdef Py_ssize_t size = batch.n_rows * batch.n_classes
+    if size < GIL_ELEMENTS:
+        return is_mass_at(batch.distribution, size, single, 1)
+    with nogil:
+        return is_mass_at(batch.distribution, size, single, num_threads)
+
+
+cdef bint is_mass_at(const char* numbers, Py_ssize_t size, bint single, int num_threads) noexcept nogil:
+    if single:
+        return count_bad_mass(<const float*>numbers, size, num_threads) == 0
+    return count_bad_mass(<const double*>numbers, size, num_threads) == 0
+
+
 def round_to_half(cnp.ndarray numbers, cnp.ndarray halves):
     """Fill `halves` (float16) with contiguous float32 `numbers`, rounded to nearest, ties to even."""
     cdef const float* x = <const float*>cnp.PyArray_DATA(numbers)
@@ -777,23 +949,21 @@ cdef inline uint16_t half_of_float(float x) noexcept nogil:
 def is_mass(cnp.ndarray array, int num_threads):
     """Return whether all numbers of a C-contiguous native float32 or float64 array are finite and >= 0."""
     cdef const char* numbers = <const char*>cnp.PyArray_DATA(array)
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(array), n_bad
-    cdef bint single = cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(array)
+    cdef bint single = cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32, is_fit
     with nogil:
-        if single:
-            n_bad = count_bad_mass(<const float*>numbers, size, num_threads)
-        else:
-            n_bad = count_bad_mass(<const double*>numbers, size, num_threads)
-    return n_bad == 0
+        is_fit = is_mass_at(numbers, size, single, num_threads)
+    return is_fit
 
 
 cdef Py_ssize_t count_bad_mass(const floating* numbers, Py_ssize_t size, int num_threads) noexcept nogil:
     cdef Py_ssize_t task, n_tasks = (size + KEEP_CLASSES - 1) // KEEP_CLASSES, n_bad = 0
-    if num_threads == 1 or is_forked_child() or n_tasks <= 1:
+    num_threads = team_for(<int>smaller(num_threads, n_tasks))
+    if num_threads == 1:
         for task in range(n_tasks):
             n_bad += count_bad(numbers + task * KEEP_CLASSES, smaller(KEEP_CLASSES, size - task * KEEP_CLASSES))
     else:
-        for task in prange(n_tasks, num_threads=<int>smaller(num_threads, n_tasks), schedule="dynamic", chunksize=1):
+        for task in prange(n_tasks, num_threads=num_threads, schedule="dynamic", chunksize=1):
             n_bad += count_bad(numbers + task * KEEP_CLASSES, smaller(KEEP_CLASSES, size - task * KEEP_CLASSES))
     return n_bad
 
@@ -806,11 +976,148 @@ cdef Py_ssize_t count_bad(const floating* numbers, Py_ssize_t n) noexcept nogil:
     return n_bad
 
 
+def newton_terms(cnp.ndarray slopes, weights, double factor, cnp.ndarray grad, cnp.ndarray hess, int num_threads):
+    """Fill float32 `grad` with w g and `hess` with factor w |g| (1 - |g|), given slopes g (K, n), class by class.
+
+    All arrays are contiguous and native; `weights` w is float64 (n,), or None for 1. A slope of cross-entropy is p, or
+    p - 1 at the target: |g| (1 - |g|) is p (1 - p) for both.
+    """
+    cdef const double* w = <const double*>data_of(weights)
+    cdef float* grads = <float*>cnp.PyArray_DATA(grad)
+    cdef float* curves = <float*>cnp.PyArray_DATA(hess)
+    cdef Py_ssize_t n_classes = cnp.PyArray_DIM(slopes, 0), n = cnp.PyArray_DIM(slopes, 1)
+    cdef const char* g = <const char*>cnp.PyArray_DATA(slopes)
+    cdef bint single = cnp.PyArray_TYPE(slopes) == cnp.NPY_FLOAT32
+    with nogil:
+        if single:
+            fill_newton_terms(<const float*>g, w, factor, grads, curves, n_classes, n, num_threads)
+        else:
+            fill_newton_terms(<const double*>g, w, factor, grads, curves, n_classes, n, num_threads)
+
+
+cdef void fill_newton_terms(
+    const floating* slopes, const double* weights, double factor, float* grad, float* hess, Py_ssize_t n_classes,
+    Py_ssize_t n, int num_threads,
+) noexcept nogil:
+    cdef Py_ssize_t task, n_pieces = (n + KEEP_CLASSES - 1) // KEEP_CLASSES, n_tasks = n_classes * n_pieces
+    num_threads = team_for(<int>smaller(num_threads, n_tasks))
+    if num_threads == 1:
+        for task in range(n_tasks):
+            fill_newton_piece(slopes, weights, factor, grad, hess, task // n_pieces, task % n_pieces, n)
+    else:
+        for task in prange(n_tasks, num_threads=num_threads, schedule="dynamic", chunksize=1):
+            fill_newton_piece(slopes, weights, factor, grad, hess, task // n_pieces, task % n_pieces, n)
+
+
+cdef void fill_newton_piece(
+    const floating* slopes, const double* weights, double factor, float* grad, float* hess, Py_ssize_t c,
+    Py_ssize_t piece, Py_ssize_t n,
+) noexcept nogil:
+    cdef Py_ssize_t i, first = piece * KEEP_CLASSES, length = smaller(KEEP_CLASSES, n - first)
+    cdef double slope, size
+    slopes += c * n + first
+    grad += c * n + first
+    hess += c * n + first
+    if weights == NULL:
+        for i in range(length):
+            slope = slopes[i]
+            size = fabs(slope)
+            grad[i] = <float>slope
+            hess[i] = <float>(factor * size * (1.0 - size))
+    else:
+        weights += first
+        for i in range(length):
+            slope = slopes[i]
+            size = fabs(slope)
+            grad[i] = <float>(slope * weights[i])
+            hess[i] = <float>(factor * size * (1.0 - size) * weights[i])
+
+
 def log_softmax_rows(cnp.ndarray logits, out, lse, memory, int num_threads):
     """Fill, unless None, `out` (N, C) with log_softmax and `lse` (N,) float64 with logsumexp."""
-    cdef Batch batch = batch_of(logits, memory)
+    cdef Batch batch = batch_of(logits, data_of(memory))
     batch.kind = LOG_SOFTMAX
     batch.out = data_of(out)
     batch.out_stride = stride_of(out)
     batch.lse = <double*>data_of(lse)
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
+
+
+def plain_log_softmax(logits, out, num_threads, Py_ssize_t serial_elements, choose_threads):
+    """Return `out` or a new array, filled with log_softmax along the last axis, or None if the call is not plain."""
+    cdef Batch batch
+    cdef int threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    cdef Py_ssize_t itemsize
+    cdef char* memory
+    if threads == 0 or not is_plain_activation(logits, out, GENERAL_SLAB_ELEMENTS):
+        return None
+    batch = empty_batch()
+    itemsize = cnp.PyArray_ITEMSIZE(logits)
+    batch.kind = LOG_SOFTMAX
+    batch.n_classes = cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
+    batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
+    batch.logits = data_of(logits)
+    batch.logits_stride = batch.out_stride = batch.n_classes * itemsize
+    if out is None:
+        out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), cnp.PyArray_TYPE(logits), 0)
+    batch.out = data_of(out)
+    memory = <char*>malloc(memory_for(batch.n_rows, batch.n_classes, itemsize, threads))
+    if memory == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.memory = memory
+    run(&batch, itemsize == sizeof(float), threads)
+    free(memory)
+    return out
+
+
+def plain_statistics(
+    logits, targets, ignore_index, logit_scale, num_threads, Py_ssize_t serial_elements, choose_threads
+):
+    """Return (loss, lse, predicted, correct, probability, entropy) of each row, or None if the call is not plain."""
+    cdef Batch batch
+    cdef int overflow = 0, kind, threads
+    cdef Py_ssize_t n, n_bytes
+    cdef int64_t ignored
+    cdef double* numbers
+    cdef cnp.npy_intp shape[1]
+    if not is_plain(targets, 1) or type(ignore_index) is not int or not is_float(logit_scale, 1.0):
+        return None
+    ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
+    threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    if (
+        threads == 0
+        or overflow
+        or not is_plain(logits, 2)
+        or not is_native(logits)
+        or not is_one_slab(cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1), GENERAL_SLAB_ELEMENTS)
+        or not are_ids(targets, cnp.PyArray_DIM(logits, 0))
+    ):
+        return None
+    kind = cnp.PyArray_TYPE(logits)
+    batch = batch_of(logits, NULL)
+    n = shape[0] = batch.n_rows
+    loss, lse = cnp.PyArray_EMPTY(1, shape, kind, 0), cnp.PyArray_EMPTY(1, shape, kind, 0)
+    probability, entropy = cnp.PyArray_EMPTY(1, shape, kind, 0), cnp.PyArray_EMPTY(1, shape, kind, 0)
+    predicted = cnp.PyArray_EMPTY(1, shape, cnp.NPY_INT64, 0)
+    correct = cnp.PyArray_EMPTY(1, shape, cnp.NPY_BOOL, 0)
+    n_bytes = memory_for(n, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
+    numbers = <double*>malloc(5 * n * sizeof(double) + n_bytes)
+    if numbers == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.losses, batch.lse, batch.probability, batch.entropy = numbers, numbers + n, numbers + 2 * n, numbers + 3 * n
+    batch.indices = <int64_t*>(numbers + 4 * n)
+    batch.n_entries = 1
+    batch.memory = <char*>(numbers + 5 * n)
+    batch.predicted = <int64_t*>data_of(predicted)
+    batch.correct = <uint8_t*>data_of(correct)
+    try:
+        if copy_ids(targets, batch.indices, n, batch.n_classes, ignored) < 0:
+            return None
+        run(&batch, kind == cnp.NPY_FLOAT32, threads)
+        copy_losses(loss, batch.losses, n)
+        copy_losses(lse, batch.lse, n)
+        copy_losses(probability, batch.probability, n)
+        copy_losses(entropy, batch.entropy, n)
+    finally:
+        free(numbers)
+    return loss, lse, predicted, correct, probability, entropy

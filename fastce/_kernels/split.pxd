@@ -18,6 +18,12 @@ from fastce._kernels.large cimport KEEP_BYTES, put_below, repeat_terms, sum_chun
 from fastce._kernels.staged cimport staged_logit
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
 
+cdef extern from "target.h" nogil:
+    ctypedef struct Rounding "fastce_rounding":
+        pass
+    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
+    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
+
 cdef enum:
     # Rows of at least so many classes are worth splitting: one of 32000 took 14 us on one thread and 8 on two, one of
     # 128256 55 and 30.
@@ -81,12 +87,15 @@ cdef inline void sum_split(
     cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
     cdef SplitRow* row = split.rows + r
     cdef Pending nothing = nothing_pending()
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     if not row.whole:
         split.sums[task] = sum_chunk(
             &batch.options, x, mask_of(batch, r), start, smaller(batch.n_classes, start + CHUNK),
             split_terms(split, own, task, like), batch.ids[r], True, &row.window, <floating>row.z_target,
             &row.at_target, split.below + task, &nothing,
         )
+    round_as_before(&rounding)
 
 
 # The chunks' sums become the rows' sums, in the order of sum_row.
@@ -116,12 +125,15 @@ cdef inline void write_split(
     cdef const floating* x = <const floating*>(batch.logits + r * batch.logits_stride)
     cdef floating* terms = split_terms(split, own, task, like)
     cdef Py_ssize_t size = smaller(batch.n_classes - start, CHUNK)
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
     if not split.rows[r].whole:
         if split.terms == NULL:
             repeat_terms(
                 &batch.options, x, mask_of(batch, r), start, size, terms, &split.rows[r].window
             )
         split.leading[task] = write_chunk(batch, terms, start, size, rows, r, r)
+    round_as_before(&rounding)
 
 
 cdef inline int leading_of(const Split* split, Py_ssize_t r) noexcept nogil:

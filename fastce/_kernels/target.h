@@ -1,5 +1,5 @@
-/* What the kernels need of the compiler and Cython cannot say: fused multiply-add, bit casts, vectors, streaming
-   stores, and to be told of a fork. */
+/* What the kernels need of the compiler and Cython cannot say: fused multiply-add, bit casts, vectors, rounding modes and
+   streaming stores. */
 #ifndef FASTCE_TARGET_H
 #define FASTCE_TARGET_H
 
@@ -7,10 +7,11 @@
 #error "fastce must not be built with -ffast-math or -Ofast: they break nan and infinity and change the host process"
 #endif
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <pthread.h>
+#include <fenv.h>
 #if FASTCE_OPENMP
 #include <omp.h>
 #endif
@@ -35,6 +36,28 @@ static inline double fastce_multiply_add_double(double a, double b, double c)
 #endif
 }
 
+/* 1 + r + p*r^2, the end of the exponential's polynomial, for the reduced argument r = most + rest. Where products
+   and sums are rounded apart, only those small beside `most` are: r itself is not added, nor a product as large as r. */
+static inline float fastce_one_plus_float(float p, float r, float most, float rest)
+{
+#ifdef __FP_FAST_FMAF
+    (void)most, (void)rest;
+    return __builtin_fmaf(__builtin_fmaf(p, r, 1.0f), r, 1.0f);
+#else
+    return 1.0f + (most + (rest + r * r * p));
+#endif
+}
+
+static inline double fastce_one_plus_double(double p, double r, double most, double rest)
+{
+#ifdef __FP_FAST_FMA
+    (void)most, (void)rest;
+    return __builtin_fma(__builtin_fma(p, r, 1.0), r, 1.0);
+#else
+    return 1.0 + (most + (rest + r * r * p));
+#endif
+}
+
 static inline uint32_t fastce_bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static inline uint64_t fastce_bits_of_double(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits; }
 static inline float fastce_float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -47,6 +70,30 @@ static inline double fastce_run_time_value(double x)
     return value;
 }
 
+/* What was written before is what is read after: the compiler may not go back to where it came from. */
+static inline void fastce_compiler_fence(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+
+/* The kernels count on rounding to nearest: the exponential finds its integer by it, two-sums what they lose. A host may
+   have set another mode, and OpenMP's threads keep the one they were born in. So every task asks, by two sums that are 1
+   in no other mode, and where need be computes in a mode of its own and leaves the thread's as it was. */
+typedef struct { int is_set; fenv_t host; } fastce_rounding;
+
+static inline void fastce_round_to_nearest(fastce_rounding *rounding)
+{
+    double tiny = fastce_run_time_value(0x1p-60);
+    rounding->is_set = 1.0 + tiny != 1.0 || 1.0 - tiny != 1.0;
+    if (rounding->is_set) {
+        fegetenv(&rounding->host);
+        fesetround(FE_TONEAREST);
+    }
+}
+
+static inline void fastce_round_as_before(const fastce_rounding *rounding)
+{
+    if (rounding->is_set)
+        fesetenv(&rounding->host);
+}
+
 static inline int fastce_openmp_limit(void)
 {
 #if FASTCE_OPENMP
@@ -55,12 +102,6 @@ static inline int fastce_openmp_limit(void)
     return 1;
 #endif
 }
-
-/* A forked child must not use the parent's thread pool: its threads do not exist there. */
-static volatile int fastce_forked = 0;
-static void fastce_note_fork(void) { fastce_forked = 1; }
-static inline int fastce_watch_forks(void) { return pthread_atfork(NULL, NULL, fastce_note_fork); }
-static inline int fastce_is_forked_child(void) { return fastce_forked; }
 
 /* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
    row is read up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not
@@ -160,6 +201,73 @@ FASTCE_SUM_LANES(double, int64_t)
     }
 FASTCE_SUM_BELOW(float, int32_t)
 FASTCE_SUM_BELOW(double, int64_t)
+
+/* The sum of a * (top - x) over a row in the same way, where a = 0 beats an infinite difference. */
+#define FASTCE_SUM_PRODUCTS(type, integer)                                                                            \
+    static inline void fastce_sum_products_##type(const type *a, const type *x, ptrdiff_t n, type top, double *folded) \
+    {                                                                                                                 \
+        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
+        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
+        typedef double double_octet __attribute__((vector_size(64)));                                                 \
+        typedef double double_quad __attribute__((vector_size(32)));                                                  \
+        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
+        union { double_octet whole; double_quad half[2]; } sum = {{0}};                                               \
+        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
+            octet product[2];                                                                                         \
+            for (int part = 0; part < 2; part++) {                                                                    \
+                ptrdiff_t start = i + 8 * part;                                                                       \
+                octet factor, z;                                                                                      \
+                memcpy(&factor, a + start, sizeof factor);                                                            \
+                memcpy(&z, x + start, sizeof z);                                                                      \
+                octet_index taken = (factor != 0) & (index < (integer)(n - start));                                   \
+                product[part] = (octet)((octet_index)(factor * (top - z)) & taken);                                   \
+            }                                                                                                         \
+            sum.whole += __builtin_convertvector(product[0] + product[1], double_octet);                              \
+        }                                                                                                             \
+        sum.half[0] += sum.half[1];                                                                                   \
+        memcpy(folded, &sum.half[0], 32);                                                                             \
+    }
+FASTCE_SUM_PRODUCTS(float, int32_t)
+FASTCE_SUM_PRODUCTS(double, int64_t)
+
+/* The largest element of a row, and where it is first, 8 lanes at a time; the row is read up to the next multiple of 8.
+   A nan may be passed over or found. */
+#define FASTCE_LARGER(better, numbers, other, places, other_places, index_type)                                       \
+    numbers = (__typeof__(numbers))(((index_type)other & better) | ((index_type)numbers & ~better));                  \
+    places = (other_places & better) | (places & ~better);
+#define FASTCE_LARGEST(type, integer)                                                                                 \
+    static inline type fastce_largest_##type(const type *row, ptrdiff_t n, ptrdiff_t *place)                          \
+    {                                                                                                                 \
+        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
+        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
+        typedef type quad __attribute__((vector_size(4 * sizeof(type))));                                             \
+        typedef integer quad_index __attribute__((vector_size(4 * sizeof(type))));                                    \
+        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
+        const quad_index halves = {2, 3, 0, 1}, neighbours = {1, 0, 3, 2};                                            \
+        union { octet whole; quad half[2]; } top, x;                                                                  \
+        union { octet_index whole; quad_index half[2]; } at = {index}, here;                                          \
+        octet_index more;                                                                                             \
+        quad_index better;                                                                                            \
+        top.whole = (octet){0} - (type)INFINITY;                                                                      \
+        for (ptrdiff_t i = 0; i < n; i += 8) {                                                                        \
+            memcpy(&x.whole, row + i, sizeof x.whole);                                                                \
+            here.whole = index + (integer)i;                                                                          \
+            more = (x.whole > top.whole) & (here.whole < (integer)n);                                                 \
+            FASTCE_LARGER(more, top.whole, x.whole, at.whole, here.whole, octet_index)                                \
+        }                                                                                                             \
+        better = (top.half[1] > top.half[0]) | ((top.half[1] == top.half[0]) & (at.half[1] < at.half[0]));            \
+        FASTCE_LARGER(better, top.half[0], top.half[1], at.half[0], at.half[1], quad_index)                           \
+        for (int step = 0; step < 2; step++) {                                                                        \
+            x.half[0] = __builtin_shuffle(top.half[0], step ? neighbours : halves);                                   \
+            here.half[0] = __builtin_shuffle(at.half[0], step ? neighbours : halves);                                 \
+            better = (x.half[0] > top.half[0]) | ((x.half[0] == top.half[0]) & (here.half[0] < at.half[0]));          \
+            FASTCE_LARGER(better, top.half[0], x.half[0], at.half[0], here.half[0], quad_index)                       \
+        }                                                                                                             \
+        *place = at.half[0][0] < n ? at.half[0][0] : 0;                                                               \
+        return top.half[0][0];                                                                                        \
+    }
+FASTCE_LARGEST(float, int32_t)
+FASTCE_LARGEST(double, int64_t)
 
 /* out[i] = terms[i] * factor + shift for i < n, out at a 64-byte boundary and n whole lines, past the caches: a gradient
    that does not fit them is not read into them first (8 instead of 12 bytes of memory traffic per float32 element), nor

@@ -1,0 +1,355 @@
+"""Short general rows, by the block: the sums of small.pxd by the largest logit, and those of the mass beside them."""
+
+from libc.math cimport INFINITY, fabs
+from libc.stdint cimport int64_t, uint8_t
+from libc.string cimport memcpy, memset
+
+from fastce._kernels.block cimport BLOCK_ELEMENTS, BLOCK_ROWS, SMALL_LANES, Scratch, finish_rows
+from fastce._kernels.general cimport (
+    GRADIENT,
+    LOG_SOFTMAX,
+    Batch,
+    Own,
+    behind,
+    clear_row,
+    combine,
+    correct_piece,
+    entry,
+    entry_mass,
+    has_base_alone,
+    has_dense_mass,
+    is_distribution_alone,
+    is_plain_row,
+    is_skipped,
+    mask_of,
+    multiply,
+    push_of,
+    settle_maximum,
+    settle_row,
+    stage_mass,
+    sum_far_below,
+    weigh_terms,
+    write_hessian,
+    write_log_softmax,
+)
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_limit, larger_of, smaller
+from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, sum_by_one_shift, sum_lanes
+from fastce._kernels.staged cimport hide, is_identity, stage_logits
+from fastce._kernels.vexp cimport floating
+
+cdef extern from "target.h" nogil:
+    float largest_float "fastce_largest_float" (const float* row, Py_ssize_t n, Py_ssize_t* place)
+    double largest_double "fastce_largest_double" (const double* row, Py_ssize_t n, Py_ssize_t* place)
+    void sum_products_float "fastce_sum_products_float" (
+        const float* a, const float* x, Py_ssize_t n, float top, double* lanes
+    )
+    void sum_products_double "fastce_sum_products_double" (
+        const double* a, const double* x, Py_ssize_t n, double top, double* lanes
+    )
+
+cdef enum:
+    # Rows up to this length are taken here.
+    SHORT_CLASSES = SMALL_CLASSES
+    BUFFER = BLOCK_ELEMENTS + SUM_BLOCK     # elements of a block, and what is read beyond its last row
+
+
+# Rows side by side, n_classes or (one row for all) 0 elements apart. Whole vectors may be read from the first `n_whole`
+# of them; the others lie at the end of somebody's memory.
+cdef struct Side:
+    char* rows
+    Py_ssize_t stride
+    Py_ssize_t n_whole
+
+
+# Rows [first, first + n), n <= short_block_rows.
+cdef inline void take_short_rows(
+    const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Scratch* rows = &own.rows
+    cdef Py_ssize_t r
+    cdef floating* terms = <floating*>behind(own)
+    cdef floating* chain = terms + 2 * BUFFER
+    cdef Side z = gather_logits(batch, own, chain, first, n, like)
+    cdef Side mass
+    find_largest(batch, own, &z, first, n, like)
+    sum_by_one_shift(<const floating*>z.rows, terms, batch.n_classes, <const int64_t*>own.argmax, n, rows)
+    for r in range(n):
+        own.mass[r] = own.mass_at_maximum[r] = own.linear[r] = own.hit[r] = own.largest_mass[r] = 0.0
+    if has_dense_mass(batch):
+        mass = gather_mass(batch, own, terms + BUFFER, first, n, like)
+        sum_mass(batch, own, &mass, &z, terms, n)
+    for r in range(n):
+        if own.argmax[r] >= 0:
+            add_entries(batch, own, &z, terms, first + r, r)
+    if batch.entropy != NULL:
+        sum_spread(batch, own, &z, terms, n)
+    finish_rows(rows, n)
+    for r in range(n):
+        settle_row(batch, own, first, r)
+    if batch.out != NULL or batch.hess != NULL:
+        write_short_rows(batch, own, &z, &mass, terms, chain, first, n)
+
+
+cdef inline Py_ssize_t short_block_rows(Py_ssize_t n_classes) noexcept nogil:
+    return smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+
+
+# ---- the block's logits and mass -------------------------------------------------------------------------------------
+
+# The transformed logits: where they lie, or copied. Rows that are not looked at have no largest logit, -1. A
+# log-softmax that is written over its logits needs a copy, for it is written in whole vectors.
+cdef inline Side gather_logits(
+    const Batch* batch, Own* own, floating* chain, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, row_bytes = n_classes * sizeof(floating), r
+    cdef floating* copies = <floating*>own.rows.gathered
+    cdef const floating* x
+    cdef const uint8_t* mask
+    cdef Side z
+    z.stride = n_classes
+    for r in range(n):
+        own.argmax[r] = -1 if is_skipped(batch, first + r) else 0
+    if (
+        is_identity(&batch.transform)
+        and batch.logits_stride == row_bytes
+        and not (batch.kind == LOG_SOFTMAX and batch.out == batch.logits)
+    ):
+        z.rows = batch.logits + first * row_bytes
+        z.n_whole = rows_before_end(n_classes, n)
+        return z
+    for r in range(n):
+        x = <const floating*>(batch.logits + (first + r) * batch.logits_stride)
+        mask = mask_of(batch, first + r)
+        if own.argmax[r] < 0:
+            memset(copies + r * n_classes, 0, row_bytes)
+        else:
+            stage_logits(x, n_classes, mask, &batch.transform, copies + r * n_classes, chain + r * n_classes)
+    z.rows = <char*>copies
+    z.n_whole = n
+    return z
+
+
+# The dense mass: where it lies, or weighted and smoothed; that of rows that are not looked at is never read.
+cdef inline Side gather_mass(
+    const Batch* batch, Own* own, floating* copies, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, row_bytes = n_classes * sizeof(floating), r
+    cdef const floating* row
+    cdef Side mass
+    mass.rows = <char*>copies
+    mass.stride = n_classes
+    mass.n_whole = n
+    if has_base_alone(batch):
+        mass.rows = batch.base
+        mass.stride = 0
+    elif is_distribution_alone(batch) and batch.distribution_stride == row_bytes:
+        mass.rows = batch.distribution + first * row_bytes
+        mass.n_whole = rows_before_end(n_classes, n)
+    else:
+        for r in range(n):
+            if own.argmax[r] >= 0:
+                row = stage_mass(batch, first + r, 0, n_classes, own.n_shown[r], copies + r * n_classes, like)
+                if row != copies + r * n_classes:
+                    memcpy(copies + r * n_classes, row, row_bytes)
+    return mass
+
+
+# Row r, whole vectors of it: `last` is room for one that lies at the end.
+cdef inline const floating* whole_row(
+    const Side* side, Py_ssize_t r, Py_ssize_t n_classes, floating* last
+) noexcept nogil:
+    cdef const floating* row = <const floating*>side.rows + r * side.stride
+    if r < side.n_whole:
+        return row
+    memcpy(last, row, n_classes * sizeof(floating))
+    return last
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+# The largest logit of each row and where it is first.
+cdef inline void find_largest(
+    const Batch* batch, Own* own, const Side* z, Py_ssize_t first, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef floating[SHORT_CLASSES] last
+    cdef const floating* row
+    cdef Py_ssize_t r
+    for r in range(n):
+        own.maximum[r] = 0.0
+        if own.argmax[r] < 0:
+            continue
+        row = whole_row(z, r, batch.n_classes, last)
+        if floating is float:
+            own.maximum[r] = largest_float(row, batch.n_classes, &own.argmax[r])
+        else:
+            own.maximum[r] = largest_double(row, batch.n_classes, &own.argmax[r])
+        settle_maximum(batch, own, first + r, r, row)
+
+
+# The sums of the dense mass: elsewhere than at the largest logit, so that a row of one mass stays exact, and by the
+# distance from it.
+cdef inline void sum_mass(
+    const Batch* batch, Own* own, const Side* mass, const Side* z, const floating* terms, Py_ssize_t n
+) noexcept nogil:
+    cdef floating[SHORT_CLASSES] last
+    cdef Py_ssize_t n_classes = batch.n_classes, r, c, top
+    cdef const floating* a
+    cdef const floating* row
+    for r in range(n):
+        if own.argmax[r] >= 0:
+            a = whole_row(mass, r, n_classes, last)
+            own.mass_at_maximum[r] = a[own.argmax[r]]
+            sum_lanes(a, n_classes, own.argmax[r], own.rows.partial + r * SMALL_LANES)
+    fold_lanes(own, own.mass, n)
+    sum_products(batch, own, mass, z, own.linear, n, terms)
+    for r in range(n):
+        a = <const floating*>mass.rows + r * mass.stride
+        row = <const floating*>z.rows + r * z.stride
+        top = own.argmax[r]
+        if top < 0:
+            continue
+        if fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY:
+            own.linear[r] = sum_far_below(a, row, own.maximum[r], n_classes)
+        if batch.probability != NULL:
+            for c in range(n_classes):
+                own.hit[r] += a[c] * (own.rows.at_target[r] if c == top else <double>terms[r * n_classes + c])
+                own.largest_mass[r] = larger_of(own.largest_mass[r], a[c])
+
+
+# sums[r] = sum of a_c (z_m - z_c).
+cdef inline void sum_products(
+    const Batch* batch, Own* own, const Side* factors, const Side* z, double* sums, Py_ssize_t n, const floating* like
+) noexcept nogil:
+    cdef floating[SHORT_CLASSES] last
+    cdef floating[SHORT_CLASSES] last_factors
+    cdef const floating* a
+    cdef const floating* row
+    cdef double* lanes = own.rows.partial
+    cdef Py_ssize_t r
+    for r in range(n):
+        if own.argmax[r] >= 0:
+            a = whole_row(factors, r, batch.n_classes, last_factors)
+            row = whole_row(z, r, batch.n_classes, last)
+            if floating is float:
+                sum_products_float(a, row, batch.n_classes, <float>own.maximum[r], lanes + r * SMALL_LANES)
+            else:
+                sum_products_double(a, row, batch.n_classes, own.maximum[r], lanes + r * SMALL_LANES)
+    fold_lanes(own, sums, n)
+
+
+# The lanes of many rows at once; rows that are not looked at have 0.
+cdef inline void fold_lanes(const Own* own, double* sums, Py_ssize_t n) noexcept nogil:
+    cdef const double* p = own.rows.partial
+    cdef Py_ssize_t r, i
+    for r in range(n):
+        i = r * SMALL_LANES
+        sums[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
+    for r in range(n):
+        sums[r] = 0.0 if own.argmax[r] < 0 else sums[r]
+
+
+cdef inline void sum_spread(
+    const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t n
+) noexcept nogil:
+    cdef Side side
+    side.rows = <char*>terms
+    side.stride = batch.n_classes
+    side.n_whole = n
+    sum_products(batch, own, &side, z, own.spread, n, terms)
+
+
+# What is not dense: class ids and sparse targets.
+cdef inline void add_entries(
+    const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t row, Py_ssize_t r
+) noexcept nogil:
+    cdef const floating* x = <const floating*>z.rows + r * z.stride
+    cdef Py_ssize_t i, index
+    cdef double a, e
+    for i in range(batch.n_entries):
+        a = entry(batch, row, i, &index)
+        if a == 0.0:
+            continue
+        e = terms[r * batch.n_classes + index]
+        if index == own.argmax[r]:
+            own.mass_at_maximum[r] += a
+            e = own.rows.at_target[r]
+        else:
+            own.mass[r] += a
+            own.linear[r] += a * (own.maximum[r] - x[index])
+        if batch.probability != NULL:
+            own.hit[r] += a * e
+            own.largest_mass[r] = larger_of(own.largest_mass[r], entry_mass(batch, row, index))
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+# A row is written in whole vectors that run over into the next one, which is written after it; the last rows, where
+# that would leave the block, and rows whose factors are not normal numbers are written exactly.
+cdef inline void write_short_rows(
+    const Batch* batch, Own* own, const Side* z, const Side* mass, const floating* terms, const floating* chain,
+    Py_ssize_t first, Py_ssize_t n,
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, r, n_over = 0
+    cdef const floating* row_terms
+    cdef const floating* row_mass = NULL
+    cdef floating* out
+    cdef floating* hess
+    if batch.out != NULL and batch.out_stride == n_classes * <Py_ssize_t>sizeof(floating):
+        n_over = rows_before_end(n_classes, n)
+    for r in range(n):
+        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
+        row_terms = terms + r * n_classes
+        if has_dense_mass(batch):
+            row_mass = <const floating*>mass.rows + r * mass.stride
+        if own.argmax[r] < 0:
+            clear_row(batch, first + r, terms)
+            continue
+        if batch.hess != NULL:
+            write_hessian(batch, own, r, row_terms, hess, n_classes, own.argmax[r])
+            if mask_of(batch, first + r) != NULL:
+                hide(mask_of(batch, first + r), hess, n_classes)
+        if batch.out == NULL:
+            continue
+        if batch.kind == LOG_SOFTMAX:
+            write_short_log_softmax(own, r, <const floating*>z.rows + r * z.stride, out, n_classes, r < n_over)
+            continue
+        if r < n_over and is_plain_row(own, r, out, row_mass != NULL):
+            write_vectors(own, r, row_terms, row_mass, out, n_classes)
+        else:
+            combine(own, r, out, row_terms, row_mass, n_classes)
+        correct_piece(batch, own, first + r, r, 0, out, n_classes)
+        if batch.transform.cap != 0.0:
+            multiply(out, chain + r * n_classes, n_classes)
+        if mask_of(batch, first + r) != NULL:
+            hide(mask_of(batch, first + r), out, n_classes)
+
+
+# combine's plain case, in whole vectors.
+cdef inline void write_vectors(
+    const Own* own, Py_ssize_t r, const floating* terms, const floating* mass, floating* out, Py_ssize_t n_classes
+) noexcept nogil:
+    cdef floating push = <floating>push_of(own, r)
+    cdef floating pull = <floating>(-own.factor[r])
+    cdef floating[LANES] vector
+    cdef Py_ssize_t i, j
+    for i in range((n_classes + LANES - 1) // LANES):
+        j = i * LANES
+        weigh_terms(vector, terms + j, NULL if mass == NULL else mass + j, LANES, push, pull)
+        memcpy(out + j, vector, sizeof(vector))
+
+
+cdef inline void write_short_log_softmax(
+    const Own* own, Py_ssize_t r, const floating* z, floating* out, Py_ssize_t n_classes, bint in_vectors
+) noexcept nogil:
+    cdef floating maximum = <floating>own.maximum[r]
+    cdef floating least = <floating>own.rows.loss[r]
+    cdef floating[LANES] vector
+    cdef Py_ssize_t i, j
+    if not in_vectors:
+        write_log_softmax(out, z, n_classes, maximum, least)
+        return
+    for i in range((n_classes + LANES - 1) // LANES):
+        j = i * LANES
+        write_log_softmax(vector, z + j, LANES, maximum, least)
+        memcpy(out + j, vector, sizeof(vector))
