@@ -1,9 +1,23 @@
-"""What both examples report in the same way: the time spent in a loss, a loss in words, a picture of its curves."""
+"""What the examples have in common: their options, the time spent in a loss, a loss in words, a picture of curves."""
 
+import argparse
 import math
+from pathlib import Path
 from time import perf_counter
 
 from matplotlib.figure import Figure
+
+
+def read_options(description, quick):
+    """Return the options quick, seed and out of the command line; `quick` says what a quick run does."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the picture")
+    options = parser.parse_args()
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
+    return options
 
 
 class Timed:
