@@ -5,6 +5,8 @@
 #   make bench     measure fastce against fastce.reference and print the table of ratios
 #   make compare   measure fastce against other libraries
 #   make options   measure what each option, target kind and further function costs
+#   make torture   run the long tests for an hour or two (ARGS="--quick", ARGS="--only soak.py"); their results go to
+#                  tests/README.md
 #   make lint      check the style of the Python and Cython sources and the types
 #   make clean     remove all that was made
 #
@@ -13,15 +15,17 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Test processes at once; plain pytest runs one after the other.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test bench compare options lint clean
+.PHONY: demo test bench compare options torture lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
 	$(RUN) examples/train_digits.py --out out
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 bench: $(VENV)/installed-bench
 	mkdir -p benchmarks/results
@@ -33,6 +37,9 @@ compare: $(VENV)/installed-compare
 
 options: $(VENV)/installed-compare
 	$(RUN) -m benchmarks.options
+
+torture: $(VENV)/installed-torture
+	$(RUN) tests/torture/run.py $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,19 @@ def pytest_report_header():
     return f"fastce: target {info['target']}, of {', '.join(info['available_targets'])}; openmp {info['openmp']}"
 
 
+class RandomNumbers(threading.local):
+    """A NumPy generator that gives every thread the same numbers, so that eight threads of one test repeat its run."""
+
+    def __init__(self, seed):
+        self.generator = np.random.default_rng(seed)
+
+    def __getattr__(self, name):
+        return getattr(self.generator, name)
+
+
 @pytest.fixture
 def rng():
-    return np.random.default_rng(20240229)
+    return RandomNumbers(20240229)
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

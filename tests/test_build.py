@@ -148,6 +148,52 @@ def test_fast_math_does_not_compile(tmp_path):
         assert refused.returncode != 0 and "#error" in refused.stderr and "fast-math" in refused.stderr
 
 
+# Hardening
+
+
+def modules():
+    """The names of all compiled modules of this build."""
+    kernels = [f"{kind}_{target}" for kind in ("rows", "soft", "binary") for target in INFO["built_targets"]]
+    return ["cpu", *kernels]
+
+
+@pytest.fixture
+def readelf():
+    """A function from a module's name and readelf's options to what it says."""
+    if shutil.which("readelf") is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs readelf, of GNU binutils, and modules in its format")
+
+    def read(module, *options):
+        origin = importlib.util.find_spec(f"fastce._kernels.{module}").origin
+        return run_tool("readelf", "-W", *options, origin).stdout
+
+    return read
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_memory_of_a_module_is_both_written_and_run(module, readelf):
+    segments = [line.split() for line in readelf(module, "-l").splitlines() if re.match(r"\s+(LOAD|GNU_STACK)\s", line)]
+    flags = ["".join(words[6:-1]) for words in segments]
+    assert len(flags) >= 3 and all(re.fullmatch("R?W?E?", flag) for flag in flags)
+    assert not [flag for flag in flags if "W" in flag and "E" in flag]
+    assert "E" not in flags[[words[0] for words in segments].index("GNU_STACK")]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_what_is_bound_when_a_module_is_loaded_is_read_only_afterwards(module, readelf):
+    assert re.search(r"^\s+GNU_RELRO\s", readelf(module, "-l"), re.MULTILINE)
+    assert re.search(r"\((FLAGS|FLAGS_1|BIND_NOW)\).*\bNOW|BIND_NOW", readelf(module, "-d"))
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_names_no_folder_and_needs_no_relocation_of_code(module, readelf):
+    # A run path is a folder of whoever built: others might put a library there.
+    dynamic = readelf(module, "-d")
+    assert "(SONAME)" in dynamic or "(NEEDED)" in dynamic
+    for entry in ("RPATH", "RUNPATH", "TEXTREL"):
+        assert f"({entry})" not in dynamic
+
+
 # The state of the process
 
 MODES = """

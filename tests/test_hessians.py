@@ -9,7 +9,7 @@ from test_options import OPTION_SETS, assert_allowed, few_rows, filled, has_fini
 from truth import GRADIENT_BOUND
 
 import fastce
-from fastce import SparseTargets
+from fastce import SparseTargets, _engine
 
 UNCAPPED = [options for options in OPTION_SETS if "softcap" not in options]
 
@@ -323,3 +323,23 @@ def test_a_cap_has_no_hessian(softcap):
         fastce.cross_entropy_with_grad_hess(np.zeros((2, 3)), [0, 1], softcap=softcap, out=out, hess_out=hess_out)
     assert (out == 7).all() and (hess_out == 7).all()
     fastce.cross_entropy_with_grad_hess(np.zeros((2, 3)), [0, 1], softcap=None)
+
+
+@pytest.mark.parametrize("n", [1, 7, 33, 1000, 65537])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_newton_terms_are_what_the_slopes_say(n, weighted, dtype, rng):
+    slopes = np.asfortranarray(rng.uniform(-1, 1, (n, 3)), dtype)
+    slopes[0] = [0, 1, -1]
+    weights = rng.uniform(-2, 2, n) if weighted else None
+    grad, hess = _engine.newton_terms(slopes, 1.25, weights, 1)
+    exact, factors = slopes.astype(np.float64), 1.0 if weights is None else weights[:, None]
+    np.testing.assert_array_equal(grad, (exact * factors).astype(np.float32))
+    np.testing.assert_array_equal(hess, (1.25 * np.abs(exact) * (1 - np.abs(exact)) * factors).astype(np.float32))
+    assert grad.flags.f_contiguous and hess.flags.f_contiguous
+    for again, first in zip(_engine.newton_terms(slopes, 1.25, weights, 2), (grad, hess), strict=True):
+        np.testing.assert_array_equal(again, first)
+
+
+def test_newton_terms_of_no_rows_are_empty(dtype):
+    grad, hess = _engine.newton_terms(np.empty((0, 3), dtype, order="F"), 2.0, None, None)
+    assert grad.shape == hess.shape == (0, 3)

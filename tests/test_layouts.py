@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from calls import calls
 
 import fastce
 
@@ -492,3 +493,36 @@ def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, r
     assert loss == in_place
     np.testing.assert_array_equal(out, logits)
     assert np.isnan(buffer[[0, -2, -1]]).all()
+
+
+@pytest.mark.thread_unsafe(reason="replaces sizes that fastce works with")
+def test_no_size_of_slabs_or_blocks_changes_a_bit(dtype, monkeypatch):
+    # Batches are handed to the kernels in parts, so that Ctrl-C is noticed; here parts are tiny, and none fits another.
+    def results():
+        for name, call in calls(dtype, (1200, 5)).items():
+            # As an option, what is the default anyway keeps a call from the short way, which knows no parts.
+            yield name, call(num_threads=2) if "binary" in name else call(axis=1)
+        call = calls(dtype, (1200, 5))["loss and gradient"]
+        for groups in (1, 3, 400):
+            columns = np.ascontiguousarray(call.arguments["logits"].reshape(groups, -1, 5).swapaxes(1, 2))
+            ids = call.arguments["targets"].reshape(groups, -1)
+            yield f"columns of {groups} groups", call(logits=columns, targets=ids, axis=1)
+
+    whole = list(results())
+    monkeypatch.setattr(fastce._engine, "slab_rows", lambda n_classes, num_threads, elements=0: 7)
+    monkeypatch.setattr(fastce._engine, "SLAB_ELEMENTS", 512)
+    monkeypatch.setattr(fastce._engine, "BUFFER_ELEMENTS", 512)
+    for (name, got), (_, expected) in zip(results(), whole, strict=True):
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def test_rows_longer_than_a_block_have_the_divergence_of_their_parts(dtype, rng):
+    # Uniform: KL(q || p) = sum(q log q) + log C.
+    n_classes = 300_001
+    targets = rng.random((2, n_classes)).astype(dtype)
+    targets /= targets.sum(axis=1, keepdims=True)
+    q = targets.astype(np.longdouble)
+    expected = (q * np.log(q * n_classes) - q + np.longdouble(1) / n_classes).sum(axis=1) + (q.sum(axis=1) - 1)
+    got = fastce.kl_divergence(np.zeros((2, n_classes), dtype), targets, reduction="none")
+    np.testing.assert_allclose(got, expected.astype(np.float64), rtol=5e-7 if dtype == np.float32 else 2e-15)

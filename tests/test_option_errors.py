@@ -122,7 +122,7 @@ def test_numbers_out_of_range(name, value):
 
 
 @pytest.mark.parametrize("name", list(RANGES))
-@pytest.mark.parametrize("value", ["0.1", 1j, [0.1], np.array([0.1]), True, object(), b"1", {}], ids=str)
+@pytest.mark.parametrize("value", ["0.1", 1j, [0.1], np.array([0.1]), True, object(), b"1", {}], ids=type)
 def test_numbers_that_are_none(name, value):
     refuse(TypeError, f"^{name}", **{name: value})
 
@@ -456,7 +456,7 @@ def test_a_denominator_goes_only_with_the_mean(reduction):
     refuse(ValueError, "^denominator", reduction, denominator=3.0, reduction=reduction, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("grad_output", ["1", 1j, object(), np.ones(ROWS, complex)], ids=str)
+@pytest.mark.parametrize("grad_output", ["1", 1j, object(), np.ones(ROWS, complex)], ids=type)
 def test_a_grad_output_that_is_no_number(grad_output):
     refuse(TypeError, "^grad_output", grad_output=grad_output, reduction="none", only_gradients=True, z_loss=0.1)
 

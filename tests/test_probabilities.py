@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import log_loss
 
 import fastce
+from fastce import _checks
 from fastce.probabilities import (
     BLOCK_ELEMENTS,
     binary_cross_entropy_from_probs,
@@ -412,6 +413,7 @@ def test_a_bad_value_is_found_in_any_block(rng):
         cross_entropy_from_probs(probs, [0, 0])
 
 
+@pytest.mark.thread_unsafe(reason="tracemalloc counts the memory of all threads")
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_memory_does_not_grow_with_the_batch_times_the_classes(order):
     # The array has 40 MB; a call may take a block's temporaries, and the ids and weights of the rows as copies.
@@ -931,3 +933,23 @@ def test_ignoring_nothing_goes_with_distributions(ignore_index):
 def test_binary_calls_that_cannot_be_right(options, exception, patterns):
     call = {"probs": PROBS, "targets": PROBS > 0.3, **options}
     refuse(binary_cross_entropy_from_probs, exception, patterns, **call)
+
+
+class RepairedMemory(np.ndarray):
+    """Numbers that another thread puts right as soon as somebody has looked at them once."""
+
+    def __array_ufunc__(self, ufunc, method, *arguments, **options):
+        plain = [value.view(np.ndarray) if isinstance(value, np.ndarray) else value for value in arguments]
+        result = getattr(ufunc, method)(*plain, **options)
+        self.view(np.ndarray)[...] = 0.5
+        return result
+
+
+@pytest.mark.parametrize("bad", [-1.0, NAN])
+def test_numbers_that_change_while_they_are_checked_are_refused_as_they_were(bad):
+    for check, remedy in ((_checks.check_unit_interval, ["be careful"]), (_checks.check_distributions, [])):
+        numbers = np.full((2, 3), 0.25)
+        numbers[1, 2] = bad
+        name = ["probs"] if remedy else []
+        with pytest.raises(ValueError, match=r"must be finite.* in row 1"):
+            check(*name, numbers.view(RepairedMemory), "row {}".format, *remedy)

@@ -145,6 +145,17 @@ def test_losses_are_never_negative_and_never_minus_zero(dtype, rng):
                     assert not np.signbit(fastce.cross_entropy(given, targets, reduction=reduction))
 
 
+def test_weights_of_minus_zero_make_no_minus_zero(dtype):
+    for classes in (2, 10, 97, 5000):
+        logits = np.zeros((3, classes), dtype)
+        logits[:, 0] = 5000     # a loss of 0 for class 0, whatever its weight
+        for targets in ([0, 1, 0], [0, 0, 0]):
+            for options in ({"weight": np.full(classes, -0.0)}, {"sample_weight": np.full(3, -0.0)}):
+                losses = fastce.cross_entropy(logits, targets, reduction="none", **options)
+                assert (losses == 0).all() and not np.signbit(losses).any()
+                assert not np.signbit(fastce.cross_entropy(logits, targets, reduction="sum", **options))
+
+
 def test_zeros_of_both_signs_are_equal(dtype, rng):
     for classes in (2, 10, 65, 1000):
         zeros = np.zeros((4, classes), dtype)

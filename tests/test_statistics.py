@@ -346,3 +346,12 @@ def test_the_probability_of_soft_targets_counts_every_class_once(classes, dtype)
     last = classes // 128 * 128
     logits[np.arange(16), last - 16 + np.arange(16)] = 8
     np.testing.assert_allclose(fastce.cross_entropy_stats(logits, uniform).probability, 1 / classes, rtol=2e-6)
+
+
+@pytest.mark.parametrize("classes", [5, 96, 97, 4097])
+def test_the_probability_of_large_masses_is_finite(classes, rng):
+    # e_c q_c, of which the probability is the sum, is beyond float32 here.
+    logits = rng.normal(0, 3, (3, classes)).astype(np.float32)
+    masses = (rng.random((3, classes)) * 1e25).astype(np.float32)
+    expected = (scipy.special.softmax(logits.astype(float), axis=1) * masses).sum(axis=1)
+    np.testing.assert_allclose(fastce.cross_entropy_stats(logits, masses).probability, expected, rtol=5e-7)

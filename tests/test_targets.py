@@ -20,6 +20,7 @@ GENERAL = [
     "test_hessians.py",
     "test_statistics.py",
     "test_half_types.py",
+    "test_faults.py",
 ]
 DEPENDENT = [
     *([] if SANITIZED else GENERAL),

@@ -4,11 +4,13 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fastce
+from fastce import _engine
 
 WITH_GIL = pytest.mark.skipif(
     not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has no interpreter lock to release"
@@ -292,6 +294,20 @@ print(fastce.build_info()["num_threads"])
     assert run_python("-c", code, FASTCE_NUM_THREADS=None).stdout.split() == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("quotas", "cpus"),
+    [
+        ([("50000", "100000")], 1),
+        ([("150000", "100000")], 2),
+        ([("400000", "100000"), ("100000", "50000"), ("max", "100000")], 2),
+        ([("-1", "100000\n"), ("0", "100000")], 1 << 20),
+    ],
+)
+def test_the_least_quota_of_the_control_groups_bounds_the_threads(quotas, cpus, monkeypatch):
+    monkeypatch.setattr(_engine, "cgroup_quotas", lambda: iter(quotas))
+    assert _engine.cgroup_cpus() == cpus
+
+
 FORKED = """
 import os, signal, sys, warnings
 import numpy as np, fastce
@@ -374,3 +390,51 @@ def test_few_rows_of_many_classes_are_shared_by_many_threads_with_equal_bits(dty
 def test_a_thread_count_of_thousands_of_digits_in_the_environment_is_capped(run_python):
     code = "import fastce; print(fastce.build_info()['num_threads'])"
     assert 1 <= int(run_python("-c", code, FASTCE_NUM_THREADS="9" * 5000).stdout) <= 1024
+
+
+SEARCHED = """
+import threading, time
+import numpy as np, fastce
+logits, targets = np.zeros(1 << 20), np.zeros(1 << 20)
+out, stop = np.empty_like(logits), threading.Event()
+
+def disturb():
+    while not stop.is_set():
+        for value in (7.0, 0.0):
+            targets[0] = value
+            time.sleep(0.0005)
+
+thread = threading.Thread(target=disturb)
+thread.start()
+refused = 0
+for _ in range(150):
+    try:
+        fastce.binary_cross_entropy_with_grad(logits, targets, out=out, num_threads=1)
+    except ValueError:
+        refused += 1
+stop.set()
+thread.join()
+assert refused
+"""
+
+
+def test_a_bad_target_that_another_thread_mends_is_not_searched_for_without_end(run_python):
+    # Bad targets are counted first and searched for afterwards; if none is left by then, the search has to end.
+    run_python("-c", SEARCHED, timeout=60)
+
+
+class SlowText(str):
+    """A text in whose every look-up other threads get their turn."""
+
+    def __hash__(self):
+        time.sleep(0.01)
+        return super().__hash__()
+
+
+@pytest.mark.thread_unsafe(reason="replaces what fastce warns with")
+def test_a_warning_is_given_once_even_if_many_threads_cause_it_at_once(monkeypatch):
+    message, given = SlowText(f"only once, {time.monotonic()}"), []
+    warn = SimpleNamespace(warn=lambda message, kind, stacklevel: given.append(message))
+    monkeypatch.setattr(fastce._engine, "warnings", warn)
+    run_in_threads(8, lambda k: fastce._engine.warn_once(message))
+    assert len(given) == 1
