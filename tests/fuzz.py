@@ -359,7 +359,7 @@ class Decoder:
         """Spoil one argument so that the call must be refused."""
         name = self.pick([name for name in self.known if name != "hess_out"] + ["keyword"])
         makers = FAULTS.get(name, []) if name != "keyword" else [(lambda decoder: {"reductoin": 1}, TypeError)]
-        if not makers:
+        if not makers or name in [spoiled for spoiled, _ in self.faults]:
             return
         maker, expected = self.pick(makers)
         changes = maker(self) if callable(maker) else {name: maker}
@@ -824,9 +824,11 @@ def of_cross_entropy(name, logits, targets, **options):
     batch = Batch(logits, targets, **{key: value for key, value in options.items() if key in kept})
     more = 2 * float(options.get("z_loss", 0.0)) * GRADIENT_BOUND[computing_dtype(logits.dtype).name]
     mass = (batch.w * (batch.q + np.where(float(options.get("label_smoothing", 0.0)) > 0, 1, 0))).sum(1)
-    truth.gradient_allowed = batch.widened(truth.gradient_allowed, mass, more)
-    truth.hessian_allowed = batch.widened(truth.hessian_allowed, mass)
     spread = np.where(np.isfinite(batch.x), np.abs(batch.x), 0).max(1) * max(1.0, float(options.get("logit_scale", 1)))
+    truth.gradient_allowed = batch.widened(truth.gradient_allowed, mass, more)
+    # A probability below the normal numbers may be lost before z_loss makes it steeper.
+    steep = 2 * float(options.get("z_loss", 0.0)) * spread
+    truth.hessian_allowed = batch.widened(truth.hessian_allowed, mass + steep)
     lost = np.abs(batch.s / batch.divisor()[0]) * (mass + spread) * np.finfo(batch.x.dtype).smallest_normal
     truth.loss_allowed = truth.loss_allowed + (
         lost.reshape(batch.row_shape) if batch.reduction == "none" else lost[batch.counts].sum()

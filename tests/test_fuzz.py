@@ -88,6 +88,17 @@ def test_a_divergence_is_finite_where_a_target_is_almost_zero(q):
     np.testing.assert_allclose(fastce.kl_divergence(np.zeros(2), teacher, from_logits=True), np.log(2), rtol=1e-15)
 
 
+@pytest.mark.parametrize("factor", [1e3, 1e9])
+def test_a_factor_that_is_a_normal_number_loses_no_digits_on_its_way(factor, dtype):
+    # The sum of this row is near 2^1010 (float64) beside a mass of 2^-20: their quotient is not normal, until it is
+    # multiplied by the factor.
+    logits = np.array([[354, 354 - (280 if dtype == np.float64 else 80)]], dtype)
+    targets = np.array([[2.0**-20, 0]], dtype)
+    gradient = fastce.cross_entropy_with_grad(logits, targets, denominator=1 / factor)[1][0, 1]
+    p = np.exp(np.longdouble(logits[0, 1]) - np.longdouble(logits[0, 0]))
+    np.testing.assert_allclose(gradient, float(p * 2.0**-20 * factor), rtol=8 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e30, np.inf, np.nan, np.float64(2e19)])
 def test_binary_losses_do_not_know_the_gradient_s_factor(factor, dtype, rng):
     logits, targets = rng.normal(0, 5, 40_000).astype(dtype), rng.random(40_000).astype(dtype)

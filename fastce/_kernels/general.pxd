@@ -303,7 +303,7 @@ cdef inline bint is_plain_row(const Own* own, Py_ssize_t r, const floating* like
 
 # What the terms are multiplied by; the mass is by -factor.
 cdef inline double push_of(const Own* own, Py_ssize_t r) noexcept nogil:
-    return own.rows.scale[r] * own.rows.inverse[r] * own.factor[r]
+    return own.rows.scale[r] * own.factor[r] * own.rows.inverse[r]
 
 
 # out = terms * push + mass * pull; `mass` may be NULL.
