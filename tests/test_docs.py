@@ -159,7 +159,7 @@ def test_every_fault_of_the_catalogue_is_listed_once():
     assert [fault for fault, _ in catalogue_of_faults()] == expected
 
 
-@pytest.mark.parametrize(("fault", "tests"), catalogue_of_faults())
+@pytest.mark.parametrize(("fault", "tests"), list(catalogue_of_faults()))
 def test_the_tests_of_every_fault_exist(fault, tests):
     if tests.startswith("Not "):  # a sentence that says why there is none
         assert tests.endswith(".") and len(tests.split()) >= 8 and "`test_" not in tests
