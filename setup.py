@@ -27,8 +27,9 @@ SOURCES = ("rows", "soft", "binary")  # each compiled once per target
 # back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
 FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
-# gcc stops inlining when a file has grown by 40 per cent; an exponential that is called takes its loop out of vectors.
-FLAGS += ["--param", "inline-unit-growth=400"]
+# gcc stops inlining when a file has grown by 40 per cent or a large function to twice its size; an exponential that is
+# called takes its loop out of vectors.
+FLAGS += ["--param", "inline-unit-growth=400", "--param", "large-function-growth=2000"]
 OPTIMIZATION = os.environ.get("FASTCE_OPTIMIZATION", "-O3")  # of two levels the later one counts
 # What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
 # (a baseline that needs the builder's machine) is undone here: these flags come last.

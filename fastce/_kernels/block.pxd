@@ -66,7 +66,7 @@ cdef struct Scratch:
     double[BLOCK_ROWS] linear           # share * sum(z_t - z_c)
     double[BLOCK_ROWS] lse              # with z_loss
     double[BLOCK_ROWS] steep            # 2 z_loss lse
-    double[BLOCK_ROWS] weight           # of the row and its class
+    double[BLOCK_ROWS] weight           # of the row and its class, where classes have weights
     double[BLOCK_ROWS] scale            # of the row's gradient
     double[BLOCK_ROWS] inverse          # 1/S
     double[BLOCK_ROWS] miss             # others/S = 1 - p_t
@@ -126,6 +126,7 @@ cdef inline void put_row(
 
 # The factor of each row's gradient; the chain rule of logit_scale is part of it.
 cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef const double* weights
     cdef Py_ssize_t r
     if batch.scales == NULL:
         for r in range(n):
@@ -136,39 +137,38 @@ cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first
         rows.scale[r] *= batch.options.transform.scale
         rows.lse[r] = rows.steep[r] = rows.linear[r] = 0.0
     if has_weights(batch):
-        load_weights(batch, rows, first, n)
+        weights = weights_of(batch, first, n, rows.weight)
         for r in range(n):
-            rows.scale[r] *= rows.weight[r]
+            rows.scale[r] *= weights[r]
 
 
 cdef inline bint has_weights(const Batch* batch) noexcept nogil:
     return batch.weight != NULL or batch.sample_weight != NULL
 
 
-cdef inline double weight_of(const Batch* batch, Py_ssize_t row) noexcept nogil:
-    cdef double weight = 1.0 if batch.weight == NULL else batch.weight[larger(batch.ids[row], 0)]
-    return weight if batch.sample_weight == NULL else weight * batch.sample_weight[row]
-
-
-cdef inline void load_weights(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+# Each row's weight, of its class, of its own, or both: where they lie, or in `place`.
+cdef inline const double* weights_of(const Batch* batch, Py_ssize_t first, Py_ssize_t n, double* place) noexcept nogil:
     cdef Py_ssize_t r
     if batch.weight == NULL:
-        memcpy(rows.weight, batch.sample_weight + first, n * sizeof(double))
-        return
+        return batch.sample_weight + first
     for r in range(n):
-        rows.weight[r] = batch.weight[larger(batch.ids[first + r], 0)]
+        place[r] = batch.weight[larger(batch.ids[first + r], 0)]
     if batch.sample_weight != NULL:
         for r in range(n):
-            rows.weight[r] *= batch.sample_weight[first + r]
+            place[r] *= batch.sample_weight[first + r]
+    return place
 
 
 # The losses of rows [first, first + n) leave the block, weighted; a weight of 0 makes an infinite loss 0.
 cdef inline void put_losses(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef const double* weights
+    cdef double loss
     cdef Py_ssize_t r
     if has_weights(batch):
+        weights = &rows.weight[0] if batch.weight != NULL else batch.sample_weight + first
         for r in range(n):
-            rows.loss[r] = 0.0 if rows.weight[r] == 0.0 and rows.loss[r] == INFINITY else rows.loss[r]
-            rows.loss[r] = rows.weight[r] * rows.loss[r] + 0.0      # never -0.0
+            loss = 0.0 if weights[r] == 0.0 and rows.loss[r] == INFINITY else rows.loss[r]
+            rows.loss[r] = weights[r] * loss + 0.0      # never -0.0
     memcpy(batch.losses + first, rows.loss, n * sizeof(double))
 
 

@@ -51,7 +51,7 @@ from fastce._kernels.block cimport (
     pull_target,
     put_losses,
     steepen,
-    weight_of,
+    weights_of,
 )
 from fastce._kernels.columns cimport column_terms, take_columns
 from fastce._kernels.cpu cimport team_for
@@ -503,6 +503,7 @@ def plain_cross_entropy(
     cdef bint mean = reduction == "mean"
     cdef double divisor
     cdef char* memory
+    cdef double* row_weights
     cdef cnp.npy_intp shape[2]
     if not is_plain(targets, 1) or type(ignore_index) is not int:
         return None
@@ -539,26 +540,30 @@ def plain_cross_entropy(
     if class_mask is not None:
         set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), 0)
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
-    memory = <char*>malloc((4 * n_rows + n_classes) * sizeof(double) + n_bytes)
+    memory = <char*>malloc((5 * n_rows + n_classes) * sizeof(double) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
     batch.ids = <int64_t*>(batch.losses + n_rows)
     batch.sample_weight = doubles_of(sample_weight, batch.losses + 2 * n_rows)
     batch.scales = doubles_of(grad_output if cnp.PyArray_Check(grad_output) else None, batch.losses + 3 * n_rows)
-    batch.weight = doubles_of(weight, batch.losses + 4 * n_rows)
-    batch.memory = <char*>(batch.losses + 4 * n_rows + n_classes)
+    row_weights = batch.losses + 4 * n_rows
+    batch.weight = doubles_of(weight, batch.losses + 5 * n_rows)
+    batch.memory = <char*>(batch.losses + 5 * n_rows + n_classes)
     try:
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
             return None
-        divisor = total_weight(&batch) if has_weights(&batch) else n_live
+        divisor = total_weight(&batch, NULL if weight is None else row_weights) if has_weights(&batch) else n_live
         if denominator is not None:
             divisor = denominator
         if mean and divisor == 0.0:
             return None
         if sample_weight is not None:
             skip_weightless(&batch)
+        if weight is not None:
+            batch.weight = NULL
+            batch.sample_weight = row_weights
         batch.scale = grad_output if type(grad_output) is float else 1.0
         if mean:
             batch.scale = batch.scale / divisor
@@ -732,20 +737,26 @@ def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
     batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
-    return total_weight(&batch)
+    return total_weight(&batch, NULL)
 
 
-cdef double total_weight(const Batch* batch) noexcept nogil:
+# The sum of the live rows' weights; `kept`, if there is room, gets the weights, 0 of the others.
+cdef double total_weight(const Batch* batch, double* kept) noexcept nogil:
     cdef double[256] part
     cdef double[2] total
+    cdef double* live = part
+    cdef const double* weights
     cdef Py_ssize_t block, start, i, n
     total[0] = total[1] = 0.0
     for block in range((batch.n_rows + 255) // 256):
         start = block * 256
         n = smaller(256, batch.n_rows - start)
+        if kept != NULL:
+            live = kept + start
+        weights = weights_of(batch, start, n, live)
         for i in range(n):
-            part[i] = 0.0 if batch.ids[start + i] < 0 else weight_of(batch, start + i)
-        add_chunk(total, pairwise_sum(part, n))
+            live[i] = 0.0 if batch.ids[start + i] < 0 else weights[i]
+        add_chunk(total, pairwise_sum(live, n))
     return total[0] + total[1]
 
 

@@ -28,12 +28,11 @@ from fastce._kernels.general cimport (
     settle_row,
     stage_mass,
     sum_far_below,
-    weigh_terms,
     write_hessian,
     write_log_softmax,
 )
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_limit, larger_of, smaller
-from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, sum_by_one_shift, sum_lanes
+from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, shift_vectors, sum_by_one_shift, sum_lanes
 from fastce._kernels.staged cimport hide, is_identity, stage_logits
 from fastce._kernels.vexp cimport floating
 
@@ -45,6 +44,12 @@ cdef extern from "target.h" nogil:
     )
     void sum_products_double "fastce_sum_products_double" (
         const double* a, const double* x, Py_ssize_t n, double top, double* lanes
+    )
+    void weigh_float "fastce_weigh_float" (
+        float* out, const float* terms, const float* mass, Py_ssize_t n, float push, float pull
+    )
+    void weigh_double "fastce_weigh_double" (
+        double* out, const double* terms, const double* mass, Py_ssize_t n, double push, double pull
     )
 
 cdef enum:
@@ -325,18 +330,19 @@ cdef inline void write_short_rows(
             hide(mask_of(batch, first + r), out, n_classes)
 
 
-# combine's plain case, in whole vectors.
+# combine's plain case, in whole vectors; -0.0 changes no bit of a product.
 cdef inline void write_vectors(
     const Own* own, Py_ssize_t r, const floating* terms, const floating* mass, floating* out, Py_ssize_t n_classes
 ) noexcept nogil:
     cdef floating push = <floating>push_of(own, r)
     cdef floating pull = <floating>(-own.factor[r])
-    cdef floating[LANES] vector
-    cdef Py_ssize_t i, j
-    for i in range((n_classes + LANES - 1) // LANES):
-        j = i * LANES
-        weigh_terms(vector, terms + j, NULL if mass == NULL else mass + j, LANES, push, pull)
-        memcpy(out + j, vector, sizeof(vector))
+    cdef Py_ssize_t n = (n_classes + LANES - 1) // LANES * LANES
+    if mass == NULL:
+        shift_vectors(out, terms, n, push, <floating>-0.0)
+    elif floating is float:
+        weigh_float(out, terms, mass, n, push, pull)
+    else:
+        weigh_double(out, terms, mass, n, push, pull)
 
 
 cdef inline void write_short_log_softmax(

@@ -15,7 +15,6 @@ from fastce._kernels.block cimport (
     add_options,
     curve_at_target,
     curve_of,
-    curve_normal_terms,
     curve_terms,
     finish_rows,
     hide_classes,
@@ -28,7 +27,6 @@ from fastce._kernels.block cimport (
     put_losses,
     scale_terms,
     shift_of,
-    shift_terms,
     smallest_factor,
     terms_of,
 )
@@ -42,6 +40,18 @@ cdef extern from "target.h" nogil:
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
     void sum_below_float "fastce_sum_below_float" (const float* row, Py_ssize_t n, float top, double* lanes)
     void sum_below_double "fastce_sum_below_double" (const double* row, Py_ssize_t n, double top, double* lanes)
+    Py_ssize_t above_float "fastce_above_float" (const float* row, Py_ssize_t n, Py_ssize_t t, float least)
+    Py_ssize_t above_double "fastce_above_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double least)
+    void curve_float "fastce_curve_float" (
+        float* out, const float* terms, Py_ssize_t n, float inverse, float curved, float bend
+    )
+    void curve_double "fastce_curve_double" (
+        double* out, const double* terms, Py_ssize_t n, double inverse, double curved, double bend
+    )
+    void shift_float "fastce_shift_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
+    void shift_double "fastce_shift_double" (
+        double* out, const double* terms, Py_ssize_t n, double factor, double shift
+    )
 
 cdef enum:
     # Rows up to this length are taken here: 1024 rows of 64, 80, 96 classes took 33, 40, 47 us, and 44, 45, 50 us as
@@ -60,9 +70,8 @@ cdef inline void take_small_rows(
     cdef Py_ssize_t r, n_ignored = sum_by_one_shift(x, terms, n_classes, ids, n, rows)
     load_scales(batch, rows, first, n)
     if n_ignored:
-        for r in range(n):
-            if ids[r] < 0:
-                rows.scale[r] = 0.0     # an ignored row's gradient is 0 whatever its factor, nan included
+        for r in range(n):      # an ignored row's gradient is 0 whatever its factor, nan included
+            rows.scale[r] = 0.0 if ids[r] < 0 else rows.scale[r]
     if batch.options.share != 0.0:
         sum_small_below(&batch.options, x, n_classes, ids, n, rows)
     finish_rows(rows, n)
@@ -168,26 +177,43 @@ cdef inline Py_ssize_t sum_small_rows(
 ) noexcept nogil:
     cdef double* p = rows.partial
     cdef floating* row
-    cdef int64_t t
-    cdef Py_ssize_t r, i, n_ignored = 0
+    cdef Py_ssize_t r, i, t, n_ignored = 0
     for r in range(n):
         row = terms + r * n_classes
-        t = ids[r]
-        if t < 0:
-            n_ignored += 1
-            memset(row, 0, n_classes * sizeof(floating))
-            t = 0
-            rows.at_target[r] = small_sum_low(x)
-            rows.z_target[r] = 0.0
-        else:
-            rows.at_target[r] = row[t]
-            rows.z_target[r] = x[r * n_classes + t]
+        t = larger(ids[r], 0)
+        rows.at_target[r] = row[t]
+        rows.z_target[r] = x[r * n_classes + t]
         sum_lanes(row, n_classes, t, p + r * SMALL_LANES)
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
         rows.largest_part[r] = larger_of(larger_of(p[i], p[i + 1]), larger_of(p[i + 2], p[i + 3]))
+    for r in range(n):
+        n_ignored += 1 if ids[r] < 0 else 0
+    if n_ignored:
+        take_out_ignored(terms, n_classes, ids, n, rows)
     return n_ignored
+
+
+# Ignored rows get the sums of a row without losses. No branch: in a loop over the rows it would be foretold wrongly, 15
+# cycles, for nearly every one of them.
+cdef inline void take_out_ignored(
+    floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
+    cdef Py_ssize_t r, n_special = 0
+    cdef double total
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        n_special += 1 if ids[r] < 0 and not total < INFINITY else 0
+    if n_special:
+        for r in range(n):
+            if ids[r] < 0:      # the factor of its gradient will be 0, which makes 0 of finite numbers only
+                memset(terms + r * n_classes, 0, n_classes * sizeof(floating))
+    for r in range(n):
+        rows.others[r] = 0.0 if ids[r] < 0 else rows.others[r]
+        rows.largest_part[r] = 0.0 if ids[r] < 0 else rows.largest_part[r]
+        rows.z_target[r] = 0.0 if ids[r] < 0 else rows.z_target[r]
+        rows.at_target[r] = small_sum_low(terms) if ids[r] < 0 else rows.at_target[r]
 
 
 cdef inline void sum_lanes(const floating* row, Py_ssize_t n, Py_ssize_t t, double* lanes) noexcept nogil:
@@ -244,13 +270,12 @@ cdef inline void write_small_rows(
     cdef Py_ssize_t n_classes = batch.n_classes, out_stride = batch.out_stride
     cdef int64_t* ids = batch.ids + first
     cdef floating* out = <floating*>(batch.out + first * out_stride)
-    cdef Py_ssize_t r, j, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t r, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef floating* factor = <floating*>rows.partial
     cdef floating* pull = factor + BLOCK_ROWS
     cdef floating* shift = pull + BLOCK_ROWS
     cdef double both, magnitude, share = batch.options.share
-    cdef floating[LANES] vector
     cdef floating* row = out
     for r in range(n):
         both = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
@@ -268,9 +293,7 @@ cdef inline void write_small_rows(
     if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n_over):
-        for j in range(n_vectors):
-            shift_terms(vector, terms + j * LANES, LANES, factor[r], shift[r])
-            memcpy(row + j * LANES, vector, sizeof(vector))
+        shift_vectors(row, terms, n_vectors * LANES, factor[r], shift[r])
         row[ids[r] if ids[r] > 0 else 0] = pull[r]     # 0.0 for an ignored row, at element 0
         terms += n_classes
         row += n_classes
@@ -289,6 +312,24 @@ cdef inline void write_small_rows(
                 hide_classes(mask_of(batch, first + r), row, n_classes, rows, r, ids[r])
 
 
+cdef inline void shift_vectors(
+    floating* out, const floating* terms, Py_ssize_t n, floating factor, floating shift
+) noexcept nogil:
+    if floating is float:
+        shift_float(out, terms, n, factor, shift)
+    else:
+        shift_double(out, terms, n, factor, shift)
+
+
+cdef inline void curve_vectors(
+    floating* out, const floating* terms, Py_ssize_t n, floating inverse, floating curved, floating bend
+) noexcept nogil:
+    if floating is float:
+        curve_float(out, terms, n, inverse, curved, bend)
+    else:
+        curve_double(out, terms, n, inverse, curved, bend)
+
+
 # Their Hessians, in the same way.
 cdef inline void curve_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
@@ -296,14 +337,14 @@ cdef inline void curve_small_rows(
     cdef Py_ssize_t n_classes = batch.n_classes, n_vectors = (n_classes + LANES - 1) // LANES
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef int64_t* ids = batch.ids + first
-    cdef floating[LANES] vector
     cdef floating* at_target = <floating*>rows.partial
     cdef floating* inverse = at_target + BLOCK_ROWS
     cdef floating* curved = inverse + BLOCK_ROWS
     cdef floating* bend = curved + BLOCK_ROWS
     cdef floating* hess
+    cdef const floating* row_terms = terms
     cdef double magnitude
-    cdef Py_ssize_t r, j, t, n_special = 0
+    cdef Py_ssize_t r, t, n_special = 0
     cdef Curve curve
     for r in range(n):
         curve = curve_of(batch, rows, r)
@@ -322,40 +363,65 @@ cdef inline void curve_small_rows(
         hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
         t = ids[r]
         if r < n_over:
-            for j in range(n_vectors):
-                curve_normal_terms(vector, terms + j * LANES, LANES, inverse[r], curved[r], bend[r])
-                memcpy(hess + j * LANES, vector, sizeof(vector))
+            curve_vectors(hess, row_terms, n_vectors * LANES, inverse[r], curved[r], bend[r])
         else:
             curve = curve_of(batch, rows, r)
-            curve_terms(hess, terms, n_classes, &curve)
+            curve_terms(hess, row_terms, n_classes, &curve)
         if t < 0:
             memset(hess, 0, n_classes * sizeof(floating))
         else:
             hess[t] = at_target[r]
-            if rows.largest_part[r] * rows.inverse[r] > 0.75:
-                curve = curve_of(batch, rows, r)
-                curve_small_leader(hess, terms, n_classes, t, rows.at_target[r], &curve)
             if batch.options.transform.mask != NULL:
                 hide(mask_of(batch, first + r), hess, n_classes)
-        terms += n_classes
+        row_terms += n_classes
+    curve_small_leaders(batch, rows, first, n, terms)
 
 
-# What curve_leader does for longer rows, from the terms: the other classes' are summed. The target's is put to 0.
+# What curve_leader does for longer rows, from the terms. First a list of the rows that may have a leader: the branch
+# would be foretold wrongly in every second of them.
+cdef inline void curve_small_leaders(
+    const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
+) noexcept nogil:
+    cdef uint8_t[BLOCK_ROWS] leading
+    cdef Py_ssize_t r, i, n_leading = 0
+    cdef Curve curve
+    for r in range(n):
+        leading[n_leading] = <uint8_t>r
+        n_leading += 1 if rows.largest_part[r] * rows.inverse[r] > 0.75 else 0
+    for i in range(n_leading):
+        r = leading[i]
+        curve = curve_of(batch, rows, r)
+        curve_small_leader(
+            <floating*>(batch.hess + (first + r) * batch.hess_stride), terms + r * batch.n_classes, batch.n_classes,
+            batch.ids[first + r], rows, r, &curve,
+        )
+
+
+# 1 - p of the leader is what the others have: in float32 the sum without it, unless more than that many digits cancel
+# (`others` is off by 2^-49), else summed.
 cdef inline void curve_small_leader(
-    floating* hess, floating* terms, Py_ssize_t n_classes, Py_ssize_t t, double at_target, const Curve* curve
+    floating* hess, floating* terms, Py_ssize_t n_classes, Py_ssize_t t, const Scratch* rows, Py_ssize_t r,
+    const Curve* curve,
 ) noexcept nogil:
     cdef double[SMALL_LANES] lanes
-    cdef double p, miss
-    cdef Py_ssize_t leader = 0
-    terms[t] = 0
-    while leader < n_classes and not terms[leader] * curve.inverse > 0.75:
-        leader += 1
+    cdef double p, rest, total = rows.others[r] + rows.at_target[r]
+    cdef Py_ssize_t leader = above(terms, n_classes, t, <floating>(0.75 * total))
     if leader == n_classes:
         return
-    sum_lanes(terms, n_classes, leader, lanes)
-    miss = (((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + at_target) * curve.inverse
+    rest = (rows.others[r] - terms[leader]) + rows.at_target[r]
+    if floating is double or rest < 2.0**-22 * total:
+        terms[t] = 0        # it is e_t, or 0 where the row was taken by itself
+        sum_lanes(terms, n_classes, leader, lanes)
+        rest = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rows.at_target[r]
     p = terms[leader] * curve.inverse
-    hess[leader] = <floating>(p * (curve.curved * miss + curve.squared * p))
+    hess[leader] = <floating>(p * (curve.curved * (rest * curve.inverse) + curve.squared * p))
+
+
+cdef inline Py_ssize_t above(const floating* row, Py_ssize_t n, Py_ssize_t t, floating least) noexcept nogil:
+    if floating is float:
+        return above_float(row, n, t, least)
+    else:
+        return above_double(row, n, t, least)
 
 
 cdef inline double small_shift(const floating* like) noexcept nogil:

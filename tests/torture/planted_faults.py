@@ -101,7 +101,7 @@ FAULTS = [
           "total[1] += (total[0] - (after - part)) + (chunk - part)", "total[1] += 0.0",
           "test_values.py test_accuracy.py"),
     Fault("a weighted loss may be -0.0", KERNELS + "block.pxd",
-          "rows.weight[r] * rows.loss[r] + 0.0      # never -0.0", "rows.weight[r] * rows.loss[r]",
+          "weights[r] * loss + 0.0      # never -0.0", "weights[r] * loss",
           "test_special_values.py test_options.py"),
     Fault("a block of a streamed gradient starts at its head", KERNELS + "block.pxd",
           "pending.terms = <char*>(terms + head)", "pending.terms = <char*>(terms)",
@@ -117,7 +117,7 @@ FAULTS = [
           "test_binary.py"),
     # Options and reductions
     Fault("the mean's denominator ignores weights", KERNELS + "rows.pyx",
-          "divisor = total_weight(&batch) if has_weights(&batch) else n_live", "divisor = n_live",
+          "divisor = total_weight(&batch, ", "divisor = n_live + 0.0 * total_weight(&batch, ",
           "test_options.py test_gradients.py"),
     Fault("ignored rows count in the mean", KERNELS + "plain.pxd",
           "n_ignored += 1 if ids[i] == ignored else 0", "n_ignored += 0",
