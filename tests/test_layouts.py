@@ -495,6 +495,26 @@ def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, r
     assert np.isnan(buffer[[0, -2, -1]]).all()
 
 
+@pytest.mark.parametrize(("groups", "inner"), [(2, 100_000), (1, 200_037), (40, 5003)])
+def test_columns_too_large_for_the_caches_have_the_same_bits(groups, inner, dtype, rng):
+    # Lines that are not whole, at both ends of a block of rows, ignored rows, and factors beyond the dtype.
+    classes = 21
+    logits = np.tile(rng.normal(0, 3, (1, classes, 7)).astype(dtype), (groups, 1, inner // 7 + 1))[..., :inner].copy()
+    logits[0, :, 5] = -np.inf
+    targets = rng.integers(0, classes, (groups, inner))
+    targets[rng.random(targets.shape) < 0.1] = -100
+    factors = np.ones(targets.shape)
+    factors[:, inner // 2] = 1e-44
+    options = {"axis": 1, "reduction": "none", "grad_output": factors}
+    buffer = np.full(logits.size + 3, np.nan, dtype)
+    out = buffer[1 : 1 + logits.size].reshape(logits.shape)
+    losses, _ = fastce.cross_entropy_with_grad(logits, targets, out=out, **options)
+    in_place, _ = fastce.cross_entropy_with_grad(logits, targets, out=logits, **options)
+    assert_same_bits(losses, in_place)
+    assert_same_bits(out, logits)
+    assert np.isnan(buffer[[0, -2, -1]]).all()
+
+
 @pytest.mark.thread_unsafe(reason="replaces sizes that fastce works with")
 def test_no_size_of_slabs_or_blocks_changes_a_bit(dtype, monkeypatch):
     # Batches are handed to the kernels in parts, so that Ctrl-C is noticed; here parts are tiny, and none fits another.

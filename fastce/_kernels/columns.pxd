@@ -1,24 +1,33 @@
 """Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images)."""
 
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
     Batch,
     Scratch,
+    before_line,
     finish_rows,
     is_normal,
     load_scales,
     put_losses,
     scale_terms,
+    stream,
     terms_of,
 )
 from fastce._kernels.lanes cimport sum_limit
 from fastce._kernels.small cimport SMALL_CLASSES, small_shift, small_sum_low, take_small_row
 from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, run_time_value
 
+cdef extern from "target.h" nogil:
+    void prefetch "fastce_prefetch" (const void* address)
+
 cdef enum:
     COLUMN_LANES = 8        # of small.pxd's sums before they are folded
+    # How many classes ahead logits are asked for: a piece of 128 logits is too short for the processor to notice that
+    # it is read in order. No more, for classes a power of two apart share the same 8 places of the caches.
+    COLUMNS_AHEAD = 4
 
 
 # Elements of working memory: the block's terms, class by class, and float64 lanes of its sums.
@@ -39,6 +48,7 @@ cdef inline void take_columns(
     cdef Py_ssize_t c, r, t
     cdef ExpWindow window = exp_window(like, run_time_value(small_shift(like)), 0.0)
     for c in range(batch.n_classes):
+        ask_for_column(x, stride, c + COLUMNS_AHEAD, batch.n_classes, n * sizeof(floating))
         exp_column(<const floating*>(x + c * stride), terms + c * BLOCK_ROWS, n, &window)
     load_scales(batch, rows, first, n)
     for r in range(n):
@@ -62,7 +72,17 @@ cdef inline void take_columns(
     finish_rows(rows, n)
     put_losses(batch, rows, first, n)
     if out != NULL:
-        write_columns(terms, batch.n_classes, ids, n, rows, out, out_stride)
+        write_columns(terms, batch.n_classes, ids, n, rows, out, out_stride, batch.stream)
+
+
+# Class c of these rows or, beyond the last one, the first ones of the rows after them.
+cdef inline void ask_for_column(
+    const char* x, Py_ssize_t stride, Py_ssize_t c, Py_ssize_t n_classes, Py_ssize_t n_bytes
+) noexcept nogil:
+    cdef const char* column = x + (c if c < n_classes else c - n_classes) * stride + (0 if c < n_classes else n_bytes)
+    cdef Py_ssize_t i
+    for i in range(0, n_bytes, 64):
+        prefetch(column + i)
 
 
 cdef inline void exp_column(const floating* x, floating* terms, Py_ssize_t n, const ExpWindow* window) noexcept nogil:
@@ -111,26 +131,50 @@ cdef inline void take_lone_column(
         terms[c * BLOCK_ROWS] = row_terms[c]
 
 
+# The gradients of a block; streamed ones are finished where the terms are, so that each line leaves once.
 cdef inline void write_columns(
     floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows, char* out,
-    Py_ssize_t out_stride,
+    Py_ssize_t out_stride, bint streamed,
 ) noexcept nogil:
     cdef floating* factor = <floating*>rows.partial
-    cdef floating* column
+    cdef floating* pull = factor + BLOCK_ROWS
     cdef double both
     cdef Py_ssize_t c, r, n_special = 0
     for r in range(n):
         both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
+        pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
         n_special += 0 if is_normal(terms, rows.scale[r], rows.inverse[r]) else 1
-    for c in range(n_classes):
-        column = <floating*>(out + c * out_stride)
+    if streamed and not n_special:
+        for c in range(n_classes):
+            scale_column(terms + c * BLOCK_ROWS, terms + c * BLOCK_ROWS, factor, n)
         for r in range(n):
-            column[r] = terms[c * BLOCK_ROWS + r] * factor[r]
+            if ids[r] >= 0:
+                terms[ids[r] * BLOCK_ROWS + r] = pull[r]
+        for c in range(n_classes):
+            stream_column(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, n)
+        return
+    for c in range(n_classes):
+        scale_column(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, factor, n)
     for r in range(n):
         if n_special and not is_normal(terms, rows.scale[r], rows.inverse[r]):
             for c in range(n_classes):
-                column = <floating*>(out + c * out_stride)
-                scale_terms(column + r, terms + c * BLOCK_ROWS + r, 1, rows, r, 0.0)
+                scale_terms(<floating*>(out + c * out_stride) + r, terms + c * BLOCK_ROWS + r, 1, rows, r, 0.0)
         if ids[r] >= 0:
-            (<floating*>(out + ids[r] * out_stride))[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
+            (<floating*>(out + ids[r] * out_stride))[r] = pull[r]
+
+
+cdef inline void scale_column(
+    floating* column, const floating* terms, const floating* factor, Py_ssize_t n
+) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(n):
+        column[r] = terms[r] * factor[r]
+
+
+cdef inline void stream_column(floating* column, const floating* source, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t head = before_line(column, n)
+    cdef Py_ssize_t lines = (n - head) - (n - head) % (64 // <Py_ssize_t>sizeof(floating))
+    memcpy(column, source, head * sizeof(floating))
+    stream(column + head, source + head, lines, 1, -0.0)
+    memcpy(column + head + lines, source + head + lines, (n - head - lines) * sizeof(floating))

@@ -254,6 +254,8 @@ cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const float
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
     cdef Py_ssize_t block, n_blocks = blocks * grid.outer
+    batch.stream = batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
+    batch.stream = batch.stream and batch.out != batch.logits
     num_threads = team_for(<int>smaller(num_threads, n_blocks))
     if num_threads <= 1:
         for block in range(n_blocks):
@@ -277,6 +279,8 @@ cdef void take_grid_block(
         batch, rows, group * grid.inner + start, smaller(BLOCK_ROWS, grid.inner - start),
         batch.logits + group * grid.stride + offset, grid.class_stride, out, grid.out_class_stride, like,
     )
+    if batch.stream:
+        stream_fence()
     round_as_before(&rounding)
 
 
