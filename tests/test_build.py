@@ -148,6 +148,17 @@ def test_fast_math_does_not_compile(tmp_path):
         assert refused.returncode != 0 and "#error" in refused.stderr and "fast-math" in refused.stderr
 
 
+COMPILERS = ["cc", "gcc", "clang", *(f"clang-{version}" for version in range(14, 22))]
+
+
+@pytest.mark.parametrize("compiler", [name for name in COMPILERS if shutil.which(name)])
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4"] if X86_64 else [None])
+def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, march):
+    header = Path(__file__).parents[1] / "fastce" / "_kernels" / "target.h"
+    options = [] if march is None else [f"-march={march}"]
+    run_tool(compiler, *options, "-fsyntax-only", "-x", "c", str(header))
+
+
 # Hardening
 
 

@@ -235,6 +235,12 @@ FASTCE_SUM_PRODUCTS(double, int64_t)
 #define FASTCE_LARGER(better, numbers, other, places, other_places, index_type)                                       \
     numbers = (__typeof__(numbers))(((index_type)other & better) | ((index_type)numbers & ~better));                  \
     places = (other_places & better) | (places & ~better);
+/* Its lanes against those in another order; written out, for gcc and clang name a shuffle differently. */
+#define FASTCE_LARGER_OF(a, b, c, d)                                                                                  \
+    x.half[0] = (quad){top.half[0][a], top.half[0][b], top.half[0][c], top.half[0][d]};                               \
+    here.half[0] = (quad_index){at.half[0][a], at.half[0][b], at.half[0][c], at.half[0][d]};                          \
+    better = (x.half[0] > top.half[0]) | ((x.half[0] == top.half[0]) & (here.half[0] < at.half[0]));                  \
+    FASTCE_LARGER(better, top.half[0], x.half[0], at.half[0], here.half[0], quad_index)
 #define FASTCE_LARGEST(type, integer)                                                                                 \
     static inline type fastce_largest_##type(const type *row, ptrdiff_t n, ptrdiff_t *place)                          \
     {                                                                                                                 \
@@ -243,7 +249,6 @@ FASTCE_SUM_PRODUCTS(double, int64_t)
         typedef type quad __attribute__((vector_size(4 * sizeof(type))));                                             \
         typedef integer quad_index __attribute__((vector_size(4 * sizeof(type))));                                    \
         const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
-        const quad_index halves = {2, 3, 0, 1}, neighbours = {1, 0, 3, 2};                                            \
         union { octet whole; quad half[2]; } top, x;                                                                  \
         union { octet_index whole; quad_index half[2]; } at = {index}, here;                                          \
         octet_index more;                                                                                             \
@@ -257,12 +262,8 @@ FASTCE_SUM_PRODUCTS(double, int64_t)
         }                                                                                                             \
         better = (top.half[1] > top.half[0]) | ((top.half[1] == top.half[0]) & (at.half[1] < at.half[0]));            \
         FASTCE_LARGER(better, top.half[0], top.half[1], at.half[0], at.half[1], quad_index)                           \
-        for (int step = 0; step < 2; step++) {                                                                        \
-            x.half[0] = __builtin_shuffle(top.half[0], step ? neighbours : halves);                                   \
-            here.half[0] = __builtin_shuffle(at.half[0], step ? neighbours : halves);                                 \
-            better = (x.half[0] > top.half[0]) | ((x.half[0] == top.half[0]) & (here.half[0] < at.half[0]));          \
-            FASTCE_LARGER(better, top.half[0], x.half[0], at.half[0], here.half[0], quad_index)                       \
-        }                                                                                                             \
+        FASTCE_LARGER_OF(2, 3, 0, 1)                                                                                  \
+        FASTCE_LARGER_OF(1, 0, 3, 2)                                                                                  \
         *place = at.half[0][0] < n ? at.half[0][0] : 0;                                                               \
         return top.half[0][0];                                                                                        \
     }
