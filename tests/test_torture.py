@@ -1,7 +1,7 @@
-"""The long tests can be run: their table of faults fits the sources, their results find their place."""
+"""The long tests can be run: their faults fit the sources, their calls the package, their results find their place."""
 
 import pytest
-from torture import planted_faults, run
+from torture import planted_faults, run, shared_inputs
 
 
 @pytest.mark.parametrize("fault", planted_faults.FAULTS, ids=lambda fault: fault.name)
@@ -16,6 +16,10 @@ def test_the_tests_that_should_notice_a_fault_exist(fault):
         name, _, function = test.partition("::")
         text = (planted_faults.ROOT / "tests" / name).read_text()
         assert not function or f"def {function}(" in text
+
+
+def test_threads_that_share_inputs_call_every_function():
+    shared_inputs.check_that_nothing_is_left_out()
 
 
 def test_no_two_faults_have_one_name():

@@ -100,6 +100,8 @@ def calls(given):
     yield "cross_entropy_stats", partial(fastce.cross_entropy_stats, x, soft, class_mask=given.mask)
     for name in ("softmax", "log_softmax", "logsumexp"):
         yield name, partial(getattr(fastce, name), x)
+    yield "init_bias", partial(fastce.init_bias, ids, given.classes, sample_weight=given.sample_weight)
+    yield "report", lambda: str(fastce.report(x, ids, sample_weight=given.sample_weight))
     yield "build_info", fastce.build_info
 
 
@@ -113,7 +115,7 @@ def same(one, other):
     """Whether results, arrays and numbers in tuples or not, are equal to the bit; nan equals nan."""
     if isinstance(one, tuple):
         return all(map(same, one, other))
-    return one == other if isinstance(one, dict) else np.array_equal(one, other, equal_nan=True)
+    return one == other if isinstance(one, (dict, str)) else np.array_equal(one, other, equal_nan=True)
 
 
 def steady(given):
