@@ -45,6 +45,8 @@ cdef extern from "target.h" nogil:
     void sum_products_double "fastce_sum_products_double" (
         const double* a, const double* x, Py_ssize_t n, double top, double* lanes
     )
+    void lower_float "fastce_lower_float" (float* out, const float* z, Py_ssize_t n, float first, float second)
+    void lower_double "fastce_lower_double" (double* out, const double* z, Py_ssize_t n, double first, double second)
     void weigh_float "fastce_weigh_float" (
         float* out, const float* terms, const float* mass, Py_ssize_t n, float push, float pull
     )
@@ -350,12 +352,10 @@ cdef inline void write_short_log_softmax(
 ) noexcept nogil:
     cdef floating maximum = <floating>own.maximum[r]
     cdef floating least = <floating>own.rows.loss[r]
-    cdef floating[LANES] vector
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t n = (n_classes + LANES - 1) // LANES * LANES
     if not in_vectors:
         write_log_softmax(out, z, n_classes, maximum, least)
-        return
-    for i in range((n_classes + LANES - 1) // LANES):
-        j = i * LANES
-        write_log_softmax(vector, z + j, LANES, maximum, least)
-        memcpy(out + j, vector, sizeof(vector))
+    elif floating is float:
+        lower_float(out, z, n, maximum, least)
+    else:
+        lower_double(out, z, n, maximum, least)

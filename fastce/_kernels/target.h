@@ -311,6 +311,7 @@ FASTCE_ABOVE(double, int64_t)
 #define FASTCE_STREAM(place, x, suffix) FASTCE_OP(stream, suffix)(place, x)
 #define FASTCE_ALL(x, suffix) FASTCE_OP(set1, suffix)(x)
 #define FASTCE_MULTIPLY(a, b, suffix) FASTCE_OP(mul, suffix)(a, b)
+#define FASTCE_SUBTRACT(a, b, suffix) FASTCE_OP(sub, suffix)(a, b)
 #ifdef __FP_FAST_FMA
 #define FASTCE_MULTIPLY_ADD(a, b, c, suffix) FASTCE_OP(fmadd, suffix)(a, b, c)
 #else
@@ -324,6 +325,7 @@ static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #define FASTCE_STREAM FASTCE_STORE
 #define FASTCE_ALL(x, suffix) (x)
 #define FASTCE_MULTIPLY(a, b, suffix) ((a) * (b))
+#define FASTCE_SUBTRACT(a, b, suffix) ((a) - (b))
 #define fastce_multiply_add_ps fastce_multiply_add_float
 #define fastce_multiply_add_pd fastce_multiply_add_double
 #define FASTCE_MULTIPLY_ADD(a, b, c, suffix) fastce_multiply_add_##suffix(a, b, c)
@@ -333,7 +335,7 @@ static inline void fastce_stream_fence(void) {}
 /* shift: out = terms * factor + shift. stream: the same past the caches, out at a 64-byte boundary and n whole lines: a
    gradient that does not fit the caches is not read into them first (8 instead of 12 bytes of memory traffic per float32
    element), nor are the logits thrown out for it. weigh: out = terms * push + mass * pull. curve: with p = terms *
-   inverse, out = p * (p * bend + curved). n is a multiple of 16. */
+   inverse, out = p * (p * bend + curved). lower: out = (z - first) - second. n is a multiple of 16. */
 #define FASTCE_VECTORS(type, suffix)                                                                                  \
     static inline void fastce_shift_##type(type *out, const type *terms, ptrdiff_t n, type factor, type shift)        \
     {                                                                                                                 \
@@ -367,6 +369,13 @@ static inline void fastce_stream_fence(void) {}
                                                                          FASTCE_ALL(curved, suffix), suffix), suffix), \
                          suffix);                                                                                     \
         }                                                                                                             \
+    }                                                                                                                 \
+    static inline void fastce_lower_##type(type *out, const type *z, ptrdiff_t n, type first, type second)            \
+    {                                                                                                                 \
+        for (ptrdiff_t i = 0; i < n; i += FASTCE_STEP(type))                                                          \
+            FASTCE_STORE(out + i, FASTCE_SUBTRACT(FASTCE_SUBTRACT(FASTCE_LOAD(z + i, suffix),                         \
+                                                                  FASTCE_ALL(first, suffix), suffix),                 \
+                                                  FASTCE_ALL(second, suffix), suffix), suffix);                       \
     }
 FASTCE_VECTORS(float, ps)
 FASTCE_VECTORS(double, pd)
