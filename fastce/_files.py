@@ -1,5 +1,6 @@
 """Arrays in .npy, .npz and .safetensors files: opened without reading their numbers, then read part by part."""
 
+import contextlib
 import json
 import math
 import mmap
@@ -76,13 +77,17 @@ def open_npz(path, name, role):
 
     with path.open("rb") as stream:
         try:
-            archive = zipfile.ZipFile(path)
-            names = [member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")]
-            name = choose(path, names, name, role)
-            member, label = archive.getinfo(f"{name}.npy"), f"{path}:{name}"
-            packed = archive.open(member)
-            if member.compress_type != zipfile.ZIP_STORED:
-                return unpack_npy(packed, label, (zipfile.BadZipFile, zlib.error, EOFError))
+            with zipfile.ZipFile(path) as archive:
+                names = [member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")]
+                name = choose(path, names, name, role)
+                member, label = archive.getinfo(f"{name}.npy"), f"{path}:{name}"
+                packed = archive.open(member)  # it may be read when the archive is closed
+            with contextlib.ExitStack() as unread:
+                unread.callback(packed.close)
+                if member.compress_type != zipfile.ZIP_STORED:
+                    array = unpack_npy(packed, label, (zipfile.BadZipFile, zlib.error, EOFError))
+                    unread.pop_all()
+                    return array
         # The last two: encrypted, or compressed in an unknown way.
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             raise FileError(f"{path}: no .npz file that can be read, cut short or damaged: {error}") from error
@@ -179,8 +184,15 @@ def read_head(stream, label):
 
 
 def fill(array, stream, label, damages):
-    """Fill an array with the next bytes of a stream."""
+    """Fill an array with the next bytes of a stream, which is closed if they cannot be had."""
     place = memoryview(array.reshape(-1).view(np.uint8))
+    with contextlib.ExitStack() as unread:
+        unread.callback(stream.close)
+        fill_place(place, stream, label, damages)
+        unread.pop_all()
+
+
+def fill_place(place, stream, label, damages):
     try:
         while place:
             n_bytes = stream.readinto(place)
