@@ -54,6 +54,7 @@ def build(targets, folder):
         with mock.patch("setuptools.setup"), mock.patch("Cython.Build.cythonize", return_value=[]):
             recipe = runpy.run_path("setup.py")
         directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True}
+        directives["freethreading_compatible"] = True
         whole = Extension("elementary", [str(source)])
         (generated,) = cythonize([whole], build_dir=str(folder), compiler_directives=directives, quiet=True)
         for target in targets:

@@ -18,6 +18,9 @@ torch = pytest.importorskip("torch", reason="torch, one of fastce's extras, is n
 functional = torch.nn.functional
 ours = importlib.import_module("fastce.integrations.torch")
 
+# PyTorch's own compiler and forward mode call what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "sum", "mean"]
 # PyTorch computes in the dtype of the logits where fastce computes exactly: these are PyTorch's errors.

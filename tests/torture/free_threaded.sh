@@ -19,6 +19,8 @@ fi
 python=$(tests/torture/free_threaded_python.sh plain)
 PYTHONPATH=$(tests/torture/free_threaded_fastce.sh fastce)
 export PYTHONPATH
+# Tests that choose the path of a process of their own find the libraries beside this one.
+python=$root/venv/bin/python
 cd "$root/fastce"
 
 # The modules declare that they need no lock; one that did not would switch it on when it is imported, with a warning.
