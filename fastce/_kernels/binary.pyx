@@ -29,7 +29,8 @@ from libc.string cimport memcpy
 cimport numpy as cnp
 
 from fastce._kernels.cpu cimport team_for
-from fastce._kernels.lanes cimport larger, smaller
+from fastce._kernels.lanes cimport Rounding, larger, round_as_before, round_to_nearest, smaller
+from fastce._kernels.plain cimport SLAB_ELEMENTS, are_apart, is_gradient, is_native
 from fastce._kernels.vexp cimport (
     ExpWindow,
     bits_of_float,
@@ -42,12 +43,6 @@ from fastce._kernels.vexp cimport (
     run_time_value,
 )
 
-cdef extern from "target.h" nogil:
-    ctypedef struct Rounding "fastce_rounding":
-        pass
-    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
-    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
-
 cnp.import_array()
 
 cdef enum:
@@ -58,7 +53,6 @@ cdef enum:
     TASK_BLOCKS = 32        # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ENTRIES = 4096      # batches below keep the GIL: handing it over and back costs more than 1 us of work
-    PLAIN_ENTRIES = 1 << 24  # batches above are walked in slabs, between which Ctrl-C is noticed
 
 # The dtype of logits, losses and gradients, where it is not the one that computes.
 ctypedef fused stored:
@@ -595,11 +589,11 @@ def plain_binary(logits, targets, out, bint with_grad, Py_ssize_t serial_entries
     single = kind == cnp.NPY_FLOAT32
     batch.n = cnp.PyArray_SIZE(logits)
     if (
-        kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+        not is_native(logits)
         or not is_target_kind(cnp.PyArray_TYPE(targets))
         or batch.n == 0
-        or batch.n > PLAIN_ENTRIES
-        or (out is not None and not is_plain_out(out, logits, targets))
+        or batch.n > SLAB_ELEMENTS
+        or (out is not None and not (is_gradient(out, logits) and are_apart(out, targets)))
     ):
         return None
     batch.targets = numbers_of(targets)
@@ -654,23 +648,6 @@ cdef inline bint is_target_kind(int kind) noexcept:
 
 cdef inline bint is_plain(array) noexcept:
     return cnp.PyArray_CheckExact(array) and cnp.PyArray_ISCARRAY_RO(array)
-
-
-cdef inline bint is_plain_out(out, logits, targets) noexcept:
-    return (
-        is_plain(out)
-        and cnp.PyArray_ISWRITEABLE(out)
-        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
-        and cnp.PyArray_SAMESHAPE(out, logits)
-        and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
-        and are_apart(out, targets)
-    )
-
-
-cdef inline bint are_apart(a, b) noexcept:
-    cdef char* start = <char*>cnp.PyArray_DATA(a)
-    cdef char* other = <char*>cnp.PyArray_DATA(b)
-    return start + cnp.PyArray_NBYTES(a) <= other or other + cnp.PyArray_NBYTES(b) <= start
 
 
 # None is 1 for every entry.

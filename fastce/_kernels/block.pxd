@@ -108,6 +108,11 @@ cdef struct Pending:
     int n_leading           # whether a class has most of the probability; the target may count as well
 
 
+# Whether a batch's results of so many bytes are written past the caches.
+cdef inline bint is_streamed(Py_ssize_t n_bytes, const char* out, const char* logits) noexcept nogil:
+    return n_bytes >= STREAM_BYTES and out != logits
+
+
 cdef inline Pending nothing_pending() noexcept nogil:
     cdef Pending pending
     memset(&pending, 0, sizeof(pending))
@@ -341,6 +346,16 @@ cdef inline void stream(
         stream_float(out, terms, n, factor, shift)
     else:
         stream_double(out, terms, n, factor, shift)
+
+
+# A piece of a gradient leaves past the caches, but for the ends that do not fill a line.
+cdef inline void stream_piece(floating* out, const floating* results, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t line = 64 // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t head = before_line(out, n)
+    cdef Py_ssize_t body = (n - head) // line * line
+    memcpy(out, results, head * sizeof(floating))
+    stream(out + head, results + head, body, 1, -0.0)
+    memcpy(out + head + body, results + head + body, (n - head - body) * sizeof(floating))
 
 
 # The Hessian of the next n <= SUM_BLOCK pending elements; a streamed one passes through a buffer.

@@ -1,27 +1,22 @@
 """Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images)."""
 
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
     Batch,
     Scratch,
-    before_line,
     finish_rows,
     is_normal,
     load_scales,
     put_losses,
     scale_terms,
-    stream,
+    stream_piece,
     terms_of,
 )
-from fastce._kernels.lanes cimport sum_limit
+from fastce._kernels.lanes cimport prefetch, sum_limit
 from fastce._kernels.small cimport SMALL_CLASSES, small_shift, small_sum_low, take_small_row
 from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, run_time_value
-
-cdef extern from "target.h" nogil:
-    void prefetch "fastce_prefetch" (const void* address)
 
 cdef enum:
     COLUMN_LANES = 8        # of small.pxd's sums before they are folded
@@ -152,7 +147,7 @@ cdef inline void write_columns(
             if ids[r] >= 0:
                 terms[ids[r] * BLOCK_ROWS + r] = pull[r]
         for c in range(n_classes):
-            stream_column(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, n)
+            stream_piece(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, n)
         return
     for c in range(n_classes):
         scale_column(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, factor, n)
@@ -170,11 +165,3 @@ cdef inline void scale_column(
     cdef Py_ssize_t r
     for r in range(n):
         column[r] = terms[r] * factor[r]
-
-
-cdef inline void stream_column(floating* column, const floating* source, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t head = before_line(column, n)
-    cdef Py_ssize_t lines = (n - head) - (n - head) % (64 // <Py_ssize_t>sizeof(floating))
-    memcpy(column, source, head * sizeof(floating))
-    stream(column + head, source + head, lines, 1, -0.0)
-    memcpy(column + head + lines, source + head + lines, (n - head - lines) * sizeof(floating))

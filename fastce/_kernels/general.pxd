@@ -1,4 +1,4 @@
-"""General rows: one call's batch, what a thread knows of the rows of a block, and how that becomes losses."""
+"""General rows: a call's batch, what a thread knows of a block's rows, how that becomes losses and gradients."""
 
 from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
@@ -71,7 +71,7 @@ cdef struct Own:
     double[BLOCK_ROWS] steepness        # 2 z_loss lse
     double[BLOCK_ROWS] factor           # of the row's gradient
     double[BLOCK_ROWS] infinite         # the log-sum-exp where the largest logit is infinite
-    Py_ssize_t[BLOCK_ROWS] argmax       # -1: the row is not looked at
+    int64_t[BLOCK_ROWS] argmax          # -1: the row is not looked at
     Py_ssize_t[BLOCK_ROWS] turn         # how many rows of the block are looked at before this one
     Py_ssize_t[BLOCK_ROWS] n_shown      # classes that exist, where there is no base
     ExpWindow[BLOCK_ROWS] window

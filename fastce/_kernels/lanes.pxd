@@ -7,6 +7,11 @@ from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, 
 
 cdef extern from "target.h" nogil:
     void prefetch "fastce_prefetch" (const void* address)
+    void stream_fence "fastce_stream_fence" ()
+    ctypedef struct Rounding "fastce_rounding":
+        pass
+    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
+    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cdef enum:
     LANES = 16              # of the sums: one 512-bit vector of float32

@@ -40,13 +40,13 @@ cimport numpy as cnp
 from fastce._kernels.block cimport (
     BLOCK_ELEMENTS,
     BLOCK_ROWS,
-    STREAM_BYTES,
     TASKS_PER_THREAD,
     Batch,
     Scratch,
     add_options,
     finish_rows,
     has_weights,
+    is_streamed,
     load_scales,
     pull_target,
     put_losses,
@@ -55,7 +55,19 @@ from fastce._kernels.block cimport (
 )
 from fastce._kernels.columns cimport column_terms, take_columns
 from fastce._kernels.cpu cimport team_for
-from fastce._kernels.lanes cimport CHUNK, SUM_BLOCK, add_chunk, buffer_elements, chunks_of, larger, smaller
+from fastce._kernels.lanes cimport (
+    CHUNK,
+    SUM_BLOCK,
+    Rounding,
+    add_chunk,
+    buffer_elements,
+    chunks_of,
+    larger,
+    round_as_before,
+    round_to_nearest,
+    smaller,
+    stream_fence,
+)
 from fastce._kernels.large cimport KEEP_BYTES, has_two_buffers, keeps_terms, take_rows
 from fastce._kernels.medium cimport take_medium_rows
 from fastce._kernels.plain cimport (
@@ -73,7 +85,7 @@ from fastce._kernels.plain cimport (
     pairwise_sum,
     threads_of,
 )
-from fastce._kernels.small cimport SMALL_CLASSES, repeat_limits, take_small_rows
+from fastce._kernels.small cimport SMALL_CLASSES, repeat_limits, small_block_rows, take_small_rows
 from fastce._kernels.split cimport (
     SPLIT_CLASSES,
     Split,
@@ -90,11 +102,6 @@ from fastce._kernels.vexp cimport floating
 cdef extern from "target.h" nogil:
     int OPENMP "FASTCE_OPENMP"
     int omp_get_max_threads "fastce_openmp_limit" ()
-    void stream_fence "fastce_stream_fence" ()
-    ctypedef struct Rounding "fastce_rounding":
-        pass
-    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
-    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cnp.import_array()
 
@@ -129,7 +136,7 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
     cdef Py_ssize_t n_rows = batch.n_rows, n_classes = batch.n_classes
     plan.block_rows = BLOCK_ROWS
     if n_classes <= SMALL_CLASSES:
-        plan.block_rows = smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+        plan.block_rows = small_block_rows(n_classes)
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
     if plan.task_rows > plan.block_rows:
         plan.task_rows -= plan.task_rows % plan.block_rows
@@ -182,7 +189,7 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     cdef Py_ssize_t task
     if n_rows == 0:
         return
-    batch.stream = n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES and batch.out != batch.logits
+    batch.stream = is_streamed(n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
     plan = plan_batch(batch, num_threads, like)
     if plan.num_threads > 1 and team_for(plan.num_threads) == 1:
         plan = plan_batch(batch, 1, like)
@@ -254,8 +261,7 @@ cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const float
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
     cdef Py_ssize_t block, n_blocks = blocks * grid.outer
-    batch.stream = batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
-    batch.stream = batch.stream and batch.out != batch.logits
+    batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
     num_threads = team_for(<int>smaller(num_threads, n_blocks))
     if num_threads <= 1:
         for block in range(n_blocks):
@@ -611,7 +617,11 @@ cdef bint is_plain_mask(mask, Py_ssize_t n, out, hess) noexcept:
     shown = <const uint8_t*>cnp.PyArray_DATA(mask)
     for i in range(n):
         n_shown += shown[i] != 0
-    return n_shown > 0 and (out is None or are_apart(out, mask)) and (hess is None or are_apart(hess, mask))
+    return n_shown > 0 and is_apart_from(mask, out, hess)
+
+
+cdef inline bint is_apart_from(array, out, hess) noexcept:
+    return (out is None or are_apart(out, array)) and (hess is None or are_apart(hess, array))
 
 
 # Rows of sample weight 0 are skipped like ignored ones.
@@ -632,7 +642,7 @@ cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out, hess) noexcep
         is_fit = are_weights(<float*>cnp.PyArray_DATA(weight), n, least)
     else:
         return False
-    return is_fit and (out is None or are_apart(out, weight)) and (hess is None or are_apart(hess, weight))
+    return is_fit and is_apart_from(weight, out, hess)
 
 
 # Whether `grad_output` is a plain factor: None, a float or, for rows one by one, n floats apart from `out` and `hess`.
@@ -643,9 +653,8 @@ cdef bint is_plain_factor(grad_output, Py_ssize_t n, bint by_rows, out, hess) no
         by_rows
         and is_plain(grad_output, 1)
         and cnp.PyArray_DIM(grad_output, 0) == n
-        and cnp.PyArray_TYPE(grad_output) in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
-        and (out is None or are_apart(out, grad_output))
-        and (hess is None or are_apart(hess, grad_output))
+        and is_native(grad_output)
+        and is_apart_from(grad_output, out, hess)
     )
 
 

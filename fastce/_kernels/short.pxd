@@ -1,12 +1,11 @@
 """Short general rows, by the block: the sums of small.pxd by the largest logit, and those of the mass beside them."""
 
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.block cimport BLOCK_ELEMENTS, BLOCK_ROWS, SMALL_LANES, Scratch, finish_rows
+from fastce._kernels.block cimport BLOCK_ELEMENTS, SMALL_LANES, Scratch, finish_rows
 from fastce._kernels.general cimport (
-    GRADIENT,
     LOG_SOFTMAX,
     Batch,
     Own,
@@ -31,9 +30,9 @@ from fastce._kernels.general cimport (
     write_hessian,
     write_log_softmax,
 )
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_limit, larger_of, smaller
+from fastce._kernels.lanes cimport SUM_BLOCK, exp_limit, larger_of
 from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, shift_vectors, sum_by_one_shift, sum_lanes
-from fastce._kernels.staged cimport hide, is_identity, stage_logits
+from fastce._kernels.staged cimport hide, is_identity, padded, stage_logits
 from fastce._kernels.vexp cimport floating
 
 cdef extern from "target.h" nogil:
@@ -68,7 +67,7 @@ cdef struct Side:
     Py_ssize_t n_whole
 
 
-# Rows [first, first + n), n <= short_block_rows.
+# Rows [first, first + n), n <= small_block_rows.
 cdef inline void take_short_rows(
     const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
@@ -76,10 +75,10 @@ cdef inline void take_short_rows(
     cdef Py_ssize_t r
     cdef floating* terms = <floating*>behind(own)
     cdef floating* chain = terms + 2 * BUFFER
-    cdef Side z = gather_logits(batch, own, chain, first, n, like)
+    cdef Side z = gather_logits(batch, own, chain, first, n)
     cdef Side mass
     find_largest(batch, own, &z, first, n, like)
-    sum_by_one_shift(<const floating*>z.rows, terms, batch.n_classes, <const int64_t*>own.argmax, n, rows)
+    sum_by_one_shift(<const floating*>z.rows, terms, batch.n_classes, own.argmax, n, rows)
     for r in range(n):
         own.mass[r] = own.mass_at_maximum[r] = own.linear[r] = own.hit[r] = own.largest_mass[r] = 0.0
     if has_dense_mass(batch):
@@ -97,16 +96,12 @@ cdef inline void take_short_rows(
         write_short_rows(batch, own, &z, &mass, terms, chain, first, n)
 
 
-cdef inline Py_ssize_t short_block_rows(Py_ssize_t n_classes) noexcept nogil:
-    return smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
-
-
 # ---- the block's logits and mass -------------------------------------------------------------------------------------
 
 # The transformed logits: where they lie, or copied. Rows that are not looked at have no largest logit, -1. A
 # log-softmax that is written over its logits needs a copy, for it is written in whole vectors.
 cdef inline Side gather_logits(
-    const Batch* batch, Own* own, floating* chain, Py_ssize_t first, Py_ssize_t n, const floating* like
+    const Batch* batch, Own* own, floating* chain, Py_ssize_t first, Py_ssize_t n
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes, row_bytes = n_classes * sizeof(floating), r
     cdef floating* copies = <floating*>own.rows.gathered
@@ -180,16 +175,17 @@ cdef inline void find_largest(
 ) noexcept nogil:
     cdef floating[SHORT_CLASSES] last
     cdef const floating* row
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, place
     for r in range(n):
         own.maximum[r] = 0.0
         if own.argmax[r] < 0:
             continue
         row = whole_row(z, r, batch.n_classes, last)
         if floating is float:
-            own.maximum[r] = largest_float(row, batch.n_classes, &own.argmax[r])
+            own.maximum[r] = largest_float(row, batch.n_classes, &place)
         else:
-            own.maximum[r] = largest_double(row, batch.n_classes, &own.argmax[r])
+            own.maximum[r] = largest_double(row, batch.n_classes, &place)
+        own.argmax[r] = place
         settle_maximum(batch, own, first + r, r, row)
 
 
@@ -338,7 +334,7 @@ cdef inline void write_vectors(
 ) noexcept nogil:
     cdef floating push = <floating>push_of(own, r)
     cdef floating pull = <floating>(-own.factor[r])
-    cdef Py_ssize_t n = (n_classes + LANES - 1) // LANES * LANES
+    cdef Py_ssize_t n = padded(n_classes)
     if mass == NULL:
         shift_vectors(out, terms, n, push, <floating>-0.0)
     elif floating is float:
@@ -352,7 +348,7 @@ cdef inline void write_short_log_softmax(
 ) noexcept nogil:
     cdef floating maximum = <floating>own.maximum[r]
     cdef floating least = <floating>own.rows.loss[r]
-    cdef Py_ssize_t n = (n_classes + LANES - 1) // LANES * LANES
+    cdef Py_ssize_t n = padded(n_classes)
     if not in_vectors:
         write_log_softmax(out, z, n_classes, maximum, least)
     elif floating is float:

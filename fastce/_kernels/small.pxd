@@ -32,7 +32,7 @@ from fastce._kernels.block cimport (
 )
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, larger_of, smaller, sum_limit
 from fastce._kernels.large cimport take_row
-from fastce._kernels.staged cimport Options, far_below, hide, no_options, stage_block
+from fastce._kernels.staged cimport Options, far_below, hide, no_options, padded, stage_block
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_value
 
 cdef extern from "target.h" nogil:
@@ -141,12 +141,17 @@ cdef inline const floating* gather_rows(
     return gathered
 
 
+# How many of them are a block.
+cdef inline Py_ssize_t small_block_rows(Py_ssize_t n_classes) noexcept nogil:
+    return smaller(BLOCK_ROWS, BLOCK_ELEMENTS // n_classes)
+
+
 # The limits of a mask for all rows, once for every row of a block.
 cdef inline void repeat_limits(const Batch* batch, Scratch* rows, const floating* like) noexcept nogil:
     cdef floating* limits = <floating*>rows.limits
     cdef Py_ssize_t i
     if batch.options.limits != NULL:
-        for i in range(smaller(BLOCK_ROWS, BLOCK_ELEMENTS // batch.n_classes)):
+        for i in range(small_block_rows(batch.n_classes)):
             memcpy(limits + i * batch.n_classes, batch.options.limits, batch.n_classes * sizeof(floating))
 
 
@@ -258,8 +263,7 @@ cdef inline void sum_below(const floating* z, Py_ssize_t n_classes, Py_ssize_t t
 
 # How many of n rows end before the block, when each is taken in whole vectors.
 cdef inline Py_ssize_t rows_before_end(Py_ssize_t n_classes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t n_vectors = (n_classes + LANES - 1) // LANES
-    return larger(0, n - (n_vectors * LANES + n_classes - 1) // n_classes)
+    return larger(0, n - (padded(n_classes) + n_classes - 1) // n_classes)
 
 
 # The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
@@ -270,7 +274,7 @@ cdef inline void write_small_rows(
     cdef Py_ssize_t n_classes = batch.n_classes, out_stride = batch.out_stride
     cdef int64_t* ids = batch.ids + first
     cdef floating* out = <floating*>(batch.out + first * out_stride)
-    cdef Py_ssize_t r, n_special = 0, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t r, n_special = 0, n_padded = padded(n_classes)
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef floating* factor = <floating*>rows.partial
     cdef floating* pull = factor + BLOCK_ROWS
@@ -293,7 +297,7 @@ cdef inline void write_small_rows(
     if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n_over):
-        shift_vectors(row, terms, n_vectors * LANES, factor[r], shift[r])
+        shift_vectors(row, terms, n_padded, factor[r], shift[r])
         row[ids[r] if ids[r] > 0 else 0] = pull[r]     # 0.0 for an ignored row, at element 0
         terms += n_classes
         row += n_classes
@@ -334,7 +338,7 @@ cdef inline void curve_vectors(
 cdef inline void curve_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
 ) noexcept nogil:
-    cdef Py_ssize_t n_classes = batch.n_classes, n_vectors = (n_classes + LANES - 1) // LANES
+    cdef Py_ssize_t n_classes = batch.n_classes, n_padded = padded(n_classes)
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef int64_t* ids = batch.ids + first
     cdef floating* at_target = <floating*>rows.partial
@@ -363,7 +367,7 @@ cdef inline void curve_small_rows(
         hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
         t = ids[r]
         if r < n_over:
-            curve_vectors(hess, row_terms, n_vectors * LANES, inverse[r], curved[r], bend[r])
+            curve_vectors(hess, row_terms, n_padded, inverse[r], curved[r], bend[r])
         else:
             curve = curve_of(batch, rows, r)
             curve_terms(hess, row_terms, n_classes, &curve)

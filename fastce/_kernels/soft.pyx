@@ -26,12 +26,13 @@ cimport numpy as cnp
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
-    STREAM_BYTES,
     TASKS_PER_THREAD,
     before_line,
     finish_row,
+    is_streamed,
     put_row,
     stream,
+    stream_piece,
 )
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.general cimport (
@@ -66,6 +67,7 @@ from fastce._kernels.lanes cimport (
     LANES,
     PREFETCH_BYTES,
     SUM_BLOCK,
+    Rounding,
     Sum,
     add_block,
     add_block_products,
@@ -84,8 +86,11 @@ from fastce._kernels.lanes cimport (
     note_largest,
     note_last_block,
     prefetch,
+    round_as_before,
+    round_to_nearest,
     row_maximum,
     smaller,
+    stream_fence,
     total_of,
     window_below,
 )
@@ -104,9 +109,9 @@ from fastce._kernels.plain cimport (
     pairwise_sum,
     threads_of,
 )
-from fastce._kernels.short cimport BUFFER, SHORT_CLASSES, short_block_rows, take_short_rows
+from fastce._kernels.short cimport BUFFER, SHORT_CLASSES, take_short_rows
+from fastce._kernels.small cimport small_block_rows
 from fastce._kernels.staged cimport hide, is_identity, padded, set_scale, stage_logits
-
 from fastce._kernels.vexp cimport (
     ExpWindow,
     bits_of_float,
@@ -114,13 +119,6 @@ from fastce._kernels.vexp cimport (
     float_of_bits,
     floating,
 )
-
-cdef extern from "target.h" nogil:
-    void stream_fence "fastce_stream_fence" ()
-    ctypedef struct Rounding "fastce_rounding":
-        pass
-    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
-    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cnp.import_array()
 
@@ -637,16 +635,6 @@ cdef inline void write_row(
                 stream_piece(out + start, results, n)
 
 
-# A piece of a gradient leaves past the caches, but for the ends that do not fill a line.
-cdef inline void stream_piece(floating* out, const floating* results, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t line = 64 // <Py_ssize_t>sizeof(floating)
-    cdef Py_ssize_t head = before_line(out, n)
-    cdef Py_ssize_t body = (n - head) // line * line
-    memcpy(out, results, head * sizeof(floating))
-    stream(out + head, results + head, body, 1, -0.0)
-    memcpy(out + head + body, results + head + body, (n - head - body) * sizeof(floating))
-
-
 # ---- the batch -----------------------------------------------------------------------------------------------------
 
 cdef struct Plan:
@@ -666,7 +654,7 @@ cdef Plan plan_batch(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsiz
     plan.width = buffer_elements(n_classes) + 2 * LANES
     plan.piece = ROWS_KEPT * plan.width if n_classes <= KEEP_CLASSES else CHUNK
     if n_classes <= SHORT_CLASSES:
-        plan.block_rows = short_block_rows(n_classes)
+        plan.block_rows = small_block_rows(n_classes)
         plan.piece = BUFFER
     plan.task_rows = larger(n_rows // (TASKS_PER_THREAD * num_threads), TASK_ELEMENTS // n_classes)
     if plan.task_rows > plan.block_rows:
@@ -710,10 +698,7 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
     cdef Py_ssize_t task
     cdef int team = team_for(plan.num_threads)
-    batch.stream = (
-        batch.n_rows * batch.n_classes * <Py_ssize_t>sizeof(floating) >= STREAM_BYTES
-        and batch.out != batch.logits
-    )
+    batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
     if batch.base != NULL:
         memory += place_base(batch, <floating*>memory)
     if team == 1:

@@ -7,9 +7,12 @@ from fastce._kernels.block cimport Batch, Pending, Scratch, mask_of, nothing_pen
 from fastce._kernels.lanes cimport (
     CHUNK,
     LANES,
+    Rounding,
     chunks_of,
     exp_limit,
     larger,
+    round_as_before,
+    round_to_nearest,
     smaller,
     sum_limit,
     sum_of_chunks,
@@ -17,12 +20,6 @@ from fastce._kernels.lanes cimport (
 from fastce._kernels.large cimport KEEP_BYTES, put_below, repeat_terms, sum_chunk, write_chunk
 from fastce._kernels.staged cimport staged_logit
 from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, shift_for
-
-cdef extern from "target.h" nogil:
-    ctypedef struct Rounding "fastce_rounding":
-        pass
-    void round_to_nearest "fastce_round_to_nearest" (Rounding* rounding)
-    void round_as_before "fastce_round_as_before" (const Rounding* rounding)
 
 cdef enum:
     # Rows of at least so many classes are worth splitting: one of 32000 took 14 us on one thread and 8 on two, one of

@@ -231,7 +231,7 @@ FASTCE_SUM_PRODUCTS(float, int32_t)
 FASTCE_SUM_PRODUCTS(double, int64_t)
 
 /* The largest element of a row, and where it is first, 8 lanes at a time; the row is read up to the next multiple of 8.
-   A nan may be passed over or found. */
+   A nan is passed over. */
 #define FASTCE_LARGER(better, numbers, other, places, other_places, index_type)                                       \
     numbers = (__typeof__(numbers))(((index_type)other & better) | ((index_type)numbers & ~better));                  \
     places = (other_places & better) | (places & ~better);
@@ -264,7 +264,7 @@ FASTCE_SUM_PRODUCTS(double, int64_t)
         FASTCE_LARGER(better, top.half[0], top.half[1], at.half[0], at.half[1], quad_index)                           \
         FASTCE_LARGER_OF(2, 3, 0, 1)                                                                                  \
         FASTCE_LARGER_OF(1, 0, 3, 2)                                                                                  \
-        *place = at.half[0][0] < n ? at.half[0][0] : 0;                                                               \
+        *place = at.half[0][0];                                                                                       \
         return top.half[0][0];                                                                                        \
     }
 FASTCE_LARGEST(float, int32_t)

@@ -45,7 +45,7 @@ FAULTS = [
           "n_bad -= hits", "n_bad -= 0",
           "test_special_values.py test_errors.py"),
     Fault("whole vectors are written beyond the last row", KERNELS + "small.pxd",
-          "return larger(0, n - (n_vectors * LANES + n_classes - 1) // n_classes)", "return n",
+          "return larger(0, n - (padded(n_classes) + n_classes - 1) // n_classes)", "return n",
           "test_memory.py"),
     Fault("a maximum is read one element too far", KERNELS + "lanes.pxd",
           "for i in range(n % (4 * LANES)):", "for i in range(n % (4 * LANES) + 1):",
