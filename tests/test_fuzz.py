@@ -114,3 +114,17 @@ def test_the_reference_knows_no_right_answer_without_a_target():
     for targets in (np.zeros((1, 3)), fastce.SparseTargets([[0, 1]], [[0.0, 0.0]])):
         for functions in (fastce, fastce.reference):
             assert not functions.cross_entropy_stats(np.array([[0.0, 1.0, 2.0]]), targets).correct.any()
+
+
+def test_where_a_gradient_cancels_it_may_end_on_either_side_of_the_dtype_s_range():
+    # p sum(q) - q is a rounding error here, and 0 in float32; times 5e29 the error alone is beyond float16.
+    logits = np.array([[0, -23.58, 0]], np.float16)
+    options = {"sample_weight": np.array([0.5181945630854733]), "grad_output": np.array([9.066223474987855e29])}
+    arguments = {"logits": logits, "targets": np.array([[5e-7, 0, 5e-7]], np.float16), "reduction": "none", **options}
+    call = fuzz.Call("kl_divergence_with_grad", arguments)
+    fuzz.check(call)
+    loss, true, allowed = (fuzz.EXTENDED(values) for values in ([0.0], [[0, 0, -6.4e12]], [[1, 1, 1e12]]))
+    for wrong in (0.0, np.inf):
+        results = loss.astype(np.float32), np.array([[0, 0, wrong]], np.float16)
+        with pytest.raises(AssertionError, match="inf"):
+            fuzz.check_values(call, results, [(loss, loss), (true, allowed)])
