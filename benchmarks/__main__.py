@@ -73,8 +73,7 @@ def parse():
     everyone = [c.name for c in CONTENDERS if not (quick and c.name == "torch.compile")]
     arguments.only = {OURS, *(arguments.only or everyone)}
     arguments.save = arguments.save or HERE / "results" / ("quick.json" if quick else "comparison.json")
-    if not all(1 <= threads <= available for threads in arguments.threads):
-        parser.error(f"--threads must lie within 1 and the {available} CPUs that this process may use")
+    machine.check_threads(parser, arguments.threads)
     return arguments
 
 

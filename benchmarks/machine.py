@@ -30,6 +30,13 @@ def run_on(threads):
         os.sched_setaffinity(0, cpus()[:threads])
 
 
+def check_threads(parser, threads):
+    """End a program whose --threads are more than its CPUs."""
+    available = len(cpus())
+    if not all(1 <= number <= available for number in threads):
+        parser.error(f"--threads must lie within 1 and the {available} CPUs that this process may use")
+
+
 def environment(threads):
     """Return the environment of a process in which every library runs `threads` threads."""
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FASTCE_NUM_THREADS")

@@ -16,7 +16,7 @@ import numpy as np
 from . import agreement, machine
 from .cases import DTYPES, FRESH, Case, make_logits, make_targets
 from .contenders import Job, Step, _torch_style, installed_version, torch_eager
-from .report import format_ratio, format_time
+from .report import format_ratio, format_time, on, save_with_table
 from .timing import QUICK, Effort, Turns, take_turns
 
 HERE = Path(__file__).parent
@@ -468,10 +468,6 @@ def report(facts, records):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def on(threads):
-    return f"{threads} thread{'s' * (threads > 1)}"
-
-
 def verdict(records):
     aimed = [record for record in records if record.get("holds") is not None]
     missed = [record for record in aimed if not record["holds"]]
@@ -533,13 +529,7 @@ def main():
         measured, status = measure_in_a_process(threads, arguments)
         records += measured
         failed += [f"the measurement on {on(threads)} ended early, with status {status}"] * (status != 0)
-    arguments.save.parent.mkdir(parents=True, exist_ok=True)
-    saved = {"facts": facts, "records": records}
-    arguments.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    text = report(facts, records)
-    arguments.save.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"Saved: {arguments.save}, {arguments.save.with_suffix('.md')}")
+    save_with_table(arguments.save, facts, records, report(facts, records))
     if failed:
         raise SystemExit("; ".join(failed))
 
@@ -557,8 +547,7 @@ def parse():
     arguments = parser.parse_args()
     name = "quick.options.json" if arguments.quick else "options.json"
     arguments.save = arguments.save or HERE / "results" / name
-    if not all(1 <= threads <= available for threads in arguments.threads):
-        parser.error(f"--threads must lie within 1 and the {available} CPUs that this process may use")
+    machine.check_threads(parser, arguments.threads)
     return arguments
 
 

@@ -13,6 +13,19 @@ from .contenders import LIMITS, OURS, RIVALS
 MARKS = "<!-- table -->", "<!-- /table -->"
 
 
+def on(threads):
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def save_with_table(path, facts, records, text):
+    """Write measurements as JSON, what is said of them beside it, and print that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"facts": facts, "records": records}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"Saved: {path}, {path.with_suffix('.md')}")
+
+
 class Results:
     """The records of one comparison, found by cell: (shape, dtype, mode, threads) and contender."""
 
@@ -92,7 +105,7 @@ def _in_order(items):
 def describe_setting(dtype, mode, threads):
     what = {"loss": "loss alone", "fresh": "loss and gradient, fresh", "out": "loss and gradient with `out`"}
     what["in place"] = "loss and gradient in place"
-    return f"{dtype}, {what[mode]}, {threads} thread{'s' * (threads > 1)}"
+    return f"{dtype}, {what[mode]}, {on(threads)}"
 
 
 def format_time(seconds):

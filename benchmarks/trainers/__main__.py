@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import machine
 from ..contenders import Step, installed_version
-from ..report import format_ratio, format_time
+from ..report import format_ratio, format_time, on, save_with_table
 from ..timing import QUICK, Effort, Turns, take_turns
 from .case import FASTCE
 
@@ -30,13 +30,7 @@ def main():
             facts["versions"][package] = installed_version(package) or "not installed"
         for threads in arguments.threads:
             records += measure_in_a_process(library, threads, arguments.quick)
-    arguments.save.parent.mkdir(parents=True, exist_ok=True)
-    saved = {"facts": facts, "records": records}
-    arguments.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    text = report(facts, records)
-    arguments.save.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"Saved: {arguments.save}, {arguments.save.with_suffix('.md')}")
+    save_with_table(arguments.save, facts, records, report(facts, records))
     if wrong := [record["problem"] for record in records if record["problem"] and not record["missing"]]:
         raise SystemExit("; ".join(wrong))
 
@@ -52,8 +46,7 @@ def parse():
     arguments = parser.parse_args()
     name = "quick.trainers.json" if arguments.quick else "trainers.json"
     arguments.save = arguments.save or RESULTS / name
-    if not all(1 <= threads <= available for threads in arguments.threads):
-        parser.error(f"--threads must lie within 1 and the {available} CPUs that this process may use")
+    machine.check_threads(parser, arguments.threads)
     return arguments
 
 
@@ -81,7 +74,7 @@ def measure_all(arguments):
         print(json.dumps(start | {"problem": f"not installed ({', '.join(missing)})", "missing": True}))
         return
     for case in library.cases(arguments.quick, threads):
-        print(f"  {threads} thread{'s' * (threads > 1)}: {library.NAME}, {case.task}", file=sys.stderr, flush=True)
+        print(f"  {on(threads)}: {library.NAME}, {case.task}", file=sys.stderr, flush=True)
         record = start | measure(case, threads, QUICK if arguments.quick else EFFORT)
         print(json.dumps(record), flush=True)
 

@@ -1,11 +1,10 @@
 """LightGBM: multiclass, the objective of its tests in NumPy, and fastce's; a whole training, and one call."""
 
-from ._boosting import data, numpy_derivatives, titled
+from ._boosting import ROUNDS, data, numpy_derivatives, titled
 from .case import FASTCE, Case
 
 NAME = "LightGBM"
 PACKAGES = ("lightgbm", "scikit-learn")
-ROUNDS = {"digits": 20, "tabular": 5, "many classes": 3}
 NUMPY = "NumPy"
 BUILT_IN = "multiclass"
 

@@ -1,11 +1,10 @@
 """XGBoost: multi:softprob, the objectives of its documents in NumPy, and fastce's; a whole training, and one call."""
 
-from ._boosting import data, looped_derivatives, numpy_derivatives, titled
+from ._boosting import ROUNDS, data, looped_derivatives, numpy_derivatives, titled
 from .case import FASTCE, Case
 
 NAME = "XGBoost"
 PACKAGES = ("xgboost", "scikit-learn")
-ROUNDS = {"digits": 20, "tabular": 5, "many classes": 3}
 LOOPED = "loop over rows, as in the documents"
 NUMPY = "NumPy"
 BUILT_IN = "multi:softprob"
