@@ -9,6 +9,7 @@ import fastce
 CLASSES = 10
 GAMMA = 1.7
 WEIGHT = np.linspace(0.5, 2.0, CLASSES)
+FACTORS = {"xgboost": 2.0, "lightgbm": CLASSES / (CLASSES - 1), "exact": 1.0}
 
 
 def digits(samples=600):

@@ -6,6 +6,7 @@ import sys
 import threading
 import tracemalloc
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -113,9 +114,13 @@ def repeat(calls, count):
             call()
 
 
-def soak_calls(calls, count, *, memory=True):
-    """Make `count` calls; raise AssertionError if anything is left of them. Returns the bytes the process has grown."""
-    objects = arguments_of(calls)
+def soak_calls(calls, count, *, memory=True, objects=None):
+    """Make `count` calls; raise AssertionError if anything is left of them. Returns the bytes the process has grown.
+
+    `objects` must not be referred to by more than before; by default what the calls, which are closures, refer to.
+    """
+    objects = arguments_of(calls) if objects is None else objects
+    assert objects
     repeat(calls, max(1000, count // 10))
     references = [sys.getrefcount(item) for item in objects]
     before = Use.now()
@@ -128,6 +133,13 @@ def soak_calls(calls, count, *, memory=True):
     grown = python_growth(calls, min(count, 1000))
     assert grown < OBJECTS_LIMIT, f"Python holds {grown} bytes more"
     return after.resident - before.resident
+
+
+def soak_failures(count, **options):
+    """Do what soak_calls does with every bad call, each of which has to fail."""
+    pairs = bad_calls()
+    objects = arguments_of([call for _, call in pairs])
+    return soak_calls([partial(fail, *pair) for pair in pairs], count, objects=objects, **options)
 
 
 def python_growth(calls, count):

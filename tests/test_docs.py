@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastce
+from fastce import integrations
 
 README = Path(__file__).parents[1] / "README.md"
 TRAINERS = README.parent / "docs" / "trainers.md"  # needs other libraries, and has a test of its own
@@ -19,6 +20,7 @@ PAGES = [README, *sorted(page for page in TRAINERS.parent.glob("*.md") if page !
 MODULES = ["fastce"] + [
     module.name for module in pkgutil.iter_modules(fastce.__path__, "fastce.") if not module.name.endswith("._kernels")
 ]
+INTEGRATIONS = [module.name for module in pkgutil.iter_modules(integrations.__path__, "fastce.integrations.")]
 FUNCTIONS = [getattr(fastce, name) for name in fastce.__all__ if inspect.isfunction(getattr(fastce, name))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -34,6 +36,16 @@ def python_blocks(text):
 def test_examples_in_docstrings_hold(name):
     module = importlib.import_module(name)
     assert doctest.testmod(module, optionflags=FLAGS).failed == 0
+
+
+@pytest.mark.thread_unsafe(reason="doctest replaces sys.stdout and linecache")
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_examples_of_integrations_hold(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert doctest.testmod(module).failed == 0
 
 
 def section_of(documentation, name):

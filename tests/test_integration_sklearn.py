@@ -1,6 +1,5 @@
 """MultinomialLoss stands in for scikit-learn's own loss: the same numbers, and the same fitted coefficients."""
 
-import doctest
 import inspect
 
 import numpy as np
@@ -195,8 +194,3 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(run_python):
     code = 'import sys; sys.modules["sklearn"] = None; import fastce.integrations.sklearn'
     done = run_python("-c", code, check=False)
     assert 'needs scikit-learn>=1.4, which is not installed: pip install "fastce[sklearn]"' in done.stderr
-
-
-@pytest.mark.thread_unsafe(reason="doctest replaces sys.stdout and linecache")
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(ours).failed == 0

@@ -1,13 +1,23 @@
 """XGBoost grows the trees of its own objective with fastce's, and is told of mistakes as it tells of them itself."""
 
 import copy
-import doctest
 import json
 import pickle
 
 import numpy as np
 import pytest
-from boosted import CLASSES, GAMMA, OPTIONS, WEIGHT, derivatives, digits, distributions, focal_gradient, sample_weights
+from boosted import (
+    CLASSES,
+    FACTORS,
+    GAMMA,
+    OPTIONS,
+    WEIGHT,
+    derivatives,
+    digits,
+    distributions,
+    focal_gradient,
+    sample_weights,
+)
 from sklearn.base import clone
 from sklearn.metrics import log_loss
 
@@ -18,7 +28,6 @@ from fastce.integrations import xgboost as ours  # noqa: E402
 
 ROUNDS = 8
 PARAMETERS = {"objective": "multi:softprob", "num_class": CLASSES, "max_depth": 5, "nthread": 1}
-FACTORS = {"xgboost": 2.0, "lightgbm": CLASSES / (CLASSES - 1), "exact": 1.0}
 
 
 def train(data, **how):
@@ -310,8 +319,3 @@ def test_an_old_library_is_named_with_its_version(monkeypatch):
 def test_fastce_alone_imports_no_library(run_python):
     code = "import sys, fastce, fastce.integrations.xgboost; assert not {'xgboost', 'scipy', 'pandas'} & {*sys.modules}"
     run_python("-c", code)
-
-
-@pytest.mark.thread_unsafe(reason="doctest replaces sys.stdout and linecache")
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(ours).failed == 0

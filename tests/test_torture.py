@@ -26,6 +26,12 @@ def test_no_two_faults_have_one_name():
     assert len({fault.name for fault in planted_faults.FAULTS}) == len(planted_faults.FAULTS) >= 18
 
 
+def test_every_long_test_is_run():
+    helpers = {"run.py", "every_kernel.py", "shared_inputs.py", "free_threaded_python.sh", "free_threaded_fastce.sh"}
+    scripts = {path.name for pattern in ("*.py", "*.sh") for path in run.HERE.glob(pattern)}
+    assert scripts - helpers == set(run.SCRIPTS) and helpers < scripts
+
+
 def test_a_result_takes_its_place_among_the_others(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{run.BEGIN}\nanything\n{run.END}\nafter\n")

@@ -25,6 +25,7 @@ SCRIPTS = [
     "exponential.py",
     "fuzz.py",
     "soak.py",
+    "allocation.py",
     "runtimes.py",
     "interrupts.py",
     "environments.py",
