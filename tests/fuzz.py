@@ -470,7 +470,9 @@ def changed(name, make):
         shape = {"weight": (decoder.classes,), "pos_weight": decoder.shape}.get(
             name, decoder.shape if decoder.by_entry else decoder.row_shape
         )
-        bad = make(np.ones(shape))
+        # What did not count holds nan, which must not become the first error.
+        best = decoder.counts.astype(np.float64) if name == "sample_weight" else np.ones(shape)
+        bad = make(best)
         return None if bad is None else {name: bad}
 
     return maker
