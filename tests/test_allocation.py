@@ -10,6 +10,8 @@ import pytest
 from test_build import run_tool
 
 HERE = Path(__file__).parent
+# "malloc": memory of Python's own objects too, which free-threaded Python has from nowhere but its own allocator.
+ALLOCATORS = ["default"] if sysconfig.get_config_var("Py_GIL_DISABLED") else ["default", "malloc"]
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes the place of glibc's malloc"),
     pytest.mark.skipif(
@@ -26,9 +28,8 @@ def shim(tmp_path_factory):
     return str(library)
 
 
-@pytest.mark.parametrize("allocator", ["default", "malloc"])
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_any_allocation_may_fail(allocator, shim, run_python):
-    # "malloc": those of Python's own objects too.
     done = run_python(
         str(HERE / "allocation_failures.py"), "--quick", LD_PRELOAD=shim, FAILING_MALLOC=shim, PYTHONMALLOC=allocator,
         timeout=300,
