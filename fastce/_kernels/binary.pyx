@@ -22,14 +22,14 @@ layout changes a bit.
 
 from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, copysign, copysignf, fabs
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 cimport numpy as cnp
 
 from fastce._kernels.cpu cimport team_for
-from fastce._kernels.lanes cimport Rounding, larger, round_as_before, round_to_nearest, smaller
+from fastce._kernels.lanes cimport Rounding, larger, next_line, round_as_before, round_to_nearest, smaller
 from fastce._kernels.plain cimport SLAB_ELEMENTS, are_apart, is_gradient, is_native
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -466,7 +466,7 @@ cdef Py_ssize_t rooms_bytes(Py_ssize_t n, int num_threads) noexcept nogil:
 
 
 cdef Room* rooms_in(char* memory) noexcept nogil:
-    return <Room*>(memory + (64 - <uintptr_t>memory % 64) % 64)
+    return <Room*>next_line(memory)
 
 
 # The whole batch; returns how many blocks have targets outside [0, 1].

@@ -1,11 +1,11 @@
 """General rows: a call's batch, what a thread knows of a block's rows, how that becomes losses and gradients."""
 
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport BLOCK_ROWS, Scratch, is_normal, miss_of
-from fastce._kernels.lanes cimport add_chunk
+from fastce._kernels.lanes cimport add_chunk, next_line
 from fastce._kernels.staged cimport Transform
 from fastce._kernels.vexp cimport (
     ExpWindow,
@@ -79,8 +79,7 @@ cdef struct Own:
 
 # The memory behind Own from the next cache line on: vectors that straddle two lines take twice as long.
 cdef inline char* behind(Own* own) noexcept nogil:
-    cdef char* end = <char*>(own + 1)
-    return end + (64 - <uintptr_t>end % 64) % 64
+    return next_line(<char*>(own + 1))
 
 
 cdef inline const uint8_t* mask_of(const Batch* batch, Py_ssize_t row) noexcept nogil:

@@ -1,6 +1,7 @@
 """Sums of exponentials in fixed lanes: the order of the additions depends on a row's length alone."""
 
 from libc.math cimport INFINITY, NAN, fabs
+from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
 from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, shift_for
@@ -36,6 +37,11 @@ cdef inline double larger_of(double a, double b) noexcept nogil:
 
 cdef inline Py_ssize_t chunks_of(Py_ssize_t n_classes) noexcept nogil:
     return (n_classes + CHUNK - 1) // CHUNK
+
+
+# The first line of the cache (64 bytes) that begins at an address or behind it.
+cdef inline char* next_line(char* address) noexcept nogil:
+    return address + (64 - <uintptr_t>address % 64) % 64
 
 
 # The elements of a buffer for a row's exponentials: whole blocks.

@@ -31,7 +31,7 @@ fixed order that depends on the row's length alone, so a row's bits depend on no
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -63,6 +63,7 @@ from fastce._kernels.lanes cimport (
     buffer_elements,
     chunks_of,
     larger,
+    next_line,
     round_as_before,
     round_to_nearest,
     smaller,
@@ -152,7 +153,7 @@ cdef Plan plan_batch(const Batch* batch, int num_threads, const floating* like) 
     plan.num_threads = <int>smaller(num_threads, n_rows * chunks_of(n_classes) if plan.split else plan.n_tasks)
     plan.thread_bytes = sizeof(Scratch) + (terms_needed(batch, like) + SUM_BLOCK) * sizeof(floating)
     plan.thread_bytes += (64 - plan.thread_bytes % 64) % 64
-    plan.memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
+    plan.memory = next_line(batch.memory)
     return plan
 
 
@@ -258,7 +259,7 @@ cdef struct Grid:
 
 
 cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const floating* like) noexcept nogil:
-    cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
+    cdef char* memory = next_line(batch.memory)
     cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
     cdef Py_ssize_t block, n_blocks = blocks * grid.outer
     batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)

@@ -18,7 +18,7 @@ roundings of terms of one sign. Every sum has a fixed order that depends on the 
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -83,6 +83,7 @@ from fastce._kernels.lanes cimport (
     first_largest,
     larger,
     larger_of,
+    next_line,
     note_largest,
     note_last_block,
     prefetch,
@@ -695,7 +696,7 @@ cdef void take_task(
 
 cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexcept nogil:
     cdef Plan plan = plan_batch(batch.n_rows, batch.n_classes, sizeof(floating), num_threads)
-    cdef char* memory = batch.memory + (64 - <uintptr_t>batch.memory % 64) % 64
+    cdef char* memory = next_line(batch.memory)
     cdef Py_ssize_t task
     cdef int team = team_for(plan.num_threads)
     batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
