@@ -94,6 +94,7 @@ def far_apart(tmp_path_factory):
     return copy
 
 
+@pytest.mark.thread_unsafe(reason="all threads have one file")
 @each_function
 def test_rows_may_lie_gigabytes_apart(name, dtype, far_apart):
     # A row stride of more than 32 bits.

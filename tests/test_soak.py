@@ -8,7 +8,10 @@ import soak
 
 # A sanitizer keeps freed memory for a while, to find its use, and red zones beside it: sizes mean nothing there.
 MEMORY = "FASTCE_SANITIZED" not in os.environ
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc/self")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc/self"),
+    pytest.mark.thread_unsafe(reason="counts what the whole process holds"),
+]
 
 
 def test_calls_leave_nothing_behind():
