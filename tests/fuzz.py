@@ -471,7 +471,7 @@ def changed(name, make):
             name, decoder.shape if decoder.by_entry else decoder.row_shape
         )
         # What did not count holds nan, which must not become the first error.
-        best = np.array(decoder.counts, np.float64) if name == "sample_weight" else np.ones(shape)
+        best = np.array(decoder.counts, np.float64, order="C") if name == "sample_weight" else np.ones(shape)
         bad = make(best)
         return None if bad is None else {name: bad}
 
