@@ -118,7 +118,7 @@ def positive(text):
     """Return the positive number that a text says; argparse turns the error into one about the option."""
     number = float(text)
     if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        raise argparse.ArgumentTypeError(f"must be positive and below a million, got {text}")
     return number
 
 

@@ -156,6 +156,8 @@ def as_indices(name, array, shape, n_classes, ignored):
 
 def check_targets_match(array, logits_shape, row_shape, axis):
     """Raise unless `array` holds integers of the rows' shape; say which likely mistake was made."""
+    if is_floating(array.dtype) and array.shape not in (row_shape, logits_shape):
+        check_rows_shape(array, logits_shape, row_shape, axis)
     if array.dtype.kind not in "iu":
         remedy = "; convert with .astype(np.int64)" if array.dtype.kind in "fb" else ""
         raise TypeError(
@@ -170,13 +172,15 @@ def check_rows_shape(array, logits_shape, row_shape, axis):
     if array.shape == row_shape:
         return
     expected = f"targets must have the shape of logits without the class axis, {row_shape}"
+    if is_floating(array.dtype):
+        expected += ", or as distributions that of logits"
     came = f"got shape {array.shape} with logits of shape {logits_shape} and class axis {axis}"
     hint = ""
     if array.shape == logits_shape:
         hint = "; these look like one-hot rows: pass class ids, targets.argmax(axis)"
     elif array.shape == (*row_shape, 1):
         hint = "; drop the last axis with targets[..., 0]"
-    elif array.ndim == len(row_shape) and sorted(array.shape) == sorted(row_shape):
+    elif sorted(array.shape) in (sorted(row_shape), sorted(logits_shape)):
         hint = "; the axes look transposed"
     elif len(row_shape) == 1 and array.shape == (logits_shape[axis],):
         hint = "; the logits look transposed: pass axis=" + ("0" if axis else "-1")
@@ -190,11 +194,15 @@ def raise_out_of_range(name, values, row_shape, n_classes, ignored):
     rows = np.flatnonzero(bad)
     first = int(rows[0])
     value = int(values[first])
-    others = "" if len(rows) == 1 else f" ({len(rows)} rows have a class id out of range; this is the first)"
+    of_rows = name == "targets"  # not the indices of sparse targets, of which a row has several
+    what = "rows" if of_rows else "entries"
+    others = "" if len(rows) == 1 else f" ({len(rows)} {what} have a class id out of range; this is the first)"
     bad_values = values[bad]
     hint = ""
     if (bad_values == n_classes).all() and values[live].min() == 1:
-        hint = "; labels seem to start at 1: pass targets - 1"
+        hint = f"; labels seem to start at 1: pass {name} - 1"
+    elif value in (-1, 255) and not of_rows:
+        hint = "; fill up with any class and the value 0"
     elif value in (-1, 255):
         hint = f"; to leave such rows out pass ignore_index={value}"
     where = f"{name}[{position_of(first, row_shape)}]" if row_shape else name

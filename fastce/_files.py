@@ -1,10 +1,12 @@
 """Arrays in .npy, .npz and .safetensors files: opened without reading their numbers, then read part by part."""
 
 import contextlib
+import importlib
 import json
 import math
 import mmap
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 __all__ = ["FileError", "StoredArray", "open_array", "write_whole"]
+
+SUFFIXES = ".npy", ".npz", ".safetensors"
 
 
 class FileError(Exception):
@@ -44,10 +48,10 @@ def open_array(place, role):
     Without a name the only array of such a file is taken, or of several the one that is called like its `role`.
     """
     path, name = split_place(place)
-    openers = {".npy": open_npy, ".npz": open_npz, ".safetensors": open_safetensors}
+    openers = dict(zip(SUFFIXES, (open_npy, open_npz, open_safetensors), strict=True))
     opener = openers.get(path.suffix.lower())
     if opener is None:
-        raise FileError(f"{path}: the {role} must be in a file that ends in {', '.join(openers)}")
+        raise FileError(f"{path}: the {role} must be in a file that ends in {', '.join(SUFFIXES)}")
     try:
         return opener(path, name, role)
     except OSError as error:
@@ -56,9 +60,11 @@ def open_array(place, role):
 
 def split_place(place):
     """Return (path, name or "") of ``path:name``; in the path of a file that exists a colon is only a letter."""
-    path, colon, name = place.rpartition(":")
-    if colon and Path(path).suffix and not os.path.exists(place):
-        return Path(path), name
+    parts = place.split(":")
+    for end in range(1, len(parts)):  # a name may hold colons too
+        path = Path(":".join(parts[:end]))
+        if path.suffix.lower() in SUFFIXES and not os.path.exists(place):
+            return path, ":".join(parts[end:])
     return Path(place), ""
 
 
@@ -75,6 +81,9 @@ def open_npz(path, name, role):
     import zipfile  # here, because it costs a tenth of the time in which the package is imported
     import zlib
 
+    damages = [zipfile.BadZipFile, zlib.error, EOFError]
+    with contextlib.suppress(ImportError):  # not every Python has it
+        damages.append(importlib.import_module("lzma").LZMAError)
     with path.open("rb") as stream:
         try:
             with zipfile.ZipFile(path) as archive:
@@ -85,11 +94,11 @@ def open_npz(path, name, role):
             with contextlib.ExitStack() as unread:
                 unread.callback(packed.close)
                 if member.compress_type != zipfile.ZIP_STORED:
-                    array = unpack_npy(packed, label, (zipfile.BadZipFile, zlib.error, EOFError))
+                    array = unpack_npy(packed, label, tuple(damages))
                     unread.pop_all()
                     return array
         # The last two: encrypted, or compressed in an unknown way.
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        except (*damages, OSError, RuntimeError, NotImplementedError) as error:
             raise FileError(f"{path}: no .npz file that can be read, cut short or damaged: {error}") from error
         # A member begins with 30 bytes; the last four are the lengths of its name and of what else comes first.
         stream.seek(member.header_offset + 26)
@@ -102,7 +111,9 @@ def open_safetensors(path, name, role):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise FileError(f"{path}: to read it, install safetensors: pip install 'fastce[cli]'") from error
+        raise ImportError(f"{path}: to read it, install safetensors: pip install 'fastce[cli]'") from error
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ml_dtypes")  # from then on NumPy knows bfloat16 by its name
     with path.open("rb") as stream:
         try:
             tensors = safe_open(path, framework="numpy")
@@ -111,7 +122,12 @@ def open_safetensors(path, name, role):
             check_has_axes(f"{path}:{name}", shape)
             # The library refuses even an empty slice where the first axis is empty.
             dtype = (tensors.get_slice(name)[:0] if shape[0] else tensors.get_tensor(name)).dtype
-        except (SafetensorError, AttributeError, KeyError, TypeError) as error:  # the latter three: a dtype NumPy lacks
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FileError(
+                f"{path}: holds numbers of a kind that NumPy lacks: {error}; for bfloat16 install ml_dtypes: "
+                "pip install 'fastce[cli]'"
+            ) from error
+        except SafetensorError as error:
             raise FileError(f"{path}: no .safetensors file that can be read, cut short or damaged: {error}") from error
         head_length = int(np.fromfile(stream, "<u8", 1)[0])
         begin, end = json.loads(stream.read(head_length))[name]["data_offsets"]
@@ -173,9 +189,10 @@ def read_head(stream, label):
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     try:
         shape, in_fortran_order, dtype = readers[npy.read_magic(stream)](stream)
-        if min(shape, default=0) < 0:
+        if min(shape, default=0) < 0 or bool in map(type, shape):
             raise ValueError(shape)
-    except (ValueError, KeyError) as error:
+        np.broadcast_to(np.empty((), dtype), shape)  # what NumPy can describe, in numbers and axes
+    except (ValueError, KeyError, OverflowError) as error:
         raise FileError(f"{label}: no .npy data: empty, cut short, damaged or of another kind") from error
     if dtype.hasobject:
         raise FileError(f"{label}: holds Python objects, which are never read: they may run any code")
@@ -217,11 +234,13 @@ def write_whole(path, data):
     place = Path(path).resolve()  # what a link points to is replaced, not the link
     draft = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        if place.exists() and not place.is_file():  # a pipe or a device: nothing can take its place
-            place.write_bytes(data)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device: nothing can take its place
+            Path(path).write_bytes(data)
             return
         try:
             draft.write_bytes(data)
+            if place.exists():
+                draft.chmod(stat.S_IMODE(place.stat().st_mode))
             os.replace(draft, place)
         finally:
             draft.unlink(missing_ok=True)

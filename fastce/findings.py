@@ -191,7 +191,7 @@ def worse_than_uniform(evidence):
         )
     return Finding(
         "worse_than_uniform",
-        f"the loss, {nats(report.loss)}, is above that of equal chances, log C = {nats(report.uniform_loss)}: the "
+        f"the loss, {nats(report.loss)}, is above that of equal chances, {nats(report.uniform_loss)}: the "
         "model is confident where it is wrong",
         f"divide the logits by {number(report.temperature)} (loss {nats(report.loss_at_temperature)}); if that does "
         "not help, look for labels that do not belong to their rows",

@@ -93,7 +93,8 @@ class LossReport:
         :func:`cross_entropy_stats`); :math:`L / \log 2`; :math:`e^L`, the number of equally likely classes that are as
         hard to predict.
     uniform_loss : float
-        The loss of equal chances, :math:`\log C`: expected at initialisation, when logits are about 0.
+        The loss of equal chances, :math:`\log C` (times the mean mass of soft targets): expected at initialisation,
+        when logits are about 0.
     prior_loss : float
         The loss of always predicting the class frequencies of these targets, their entropy: the best that can be had
         without looking at the input, and the loss expected at initialisation with :func:`init_bias`.
@@ -179,6 +180,13 @@ class LossReport:
     per_class: list[ClassReport]
     worst_rows: list[WorstRow]
     findings: list[Finding]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two reports say the same; what does not exist is the same in both, though nan is not nan."""
+        if not isinstance(other, LossReport):
+            return NotImplemented
+        names = [field.name for field in dataclasses.fields(self)]
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes as plain numbers, strings, lists and dicts; what does not exist is nan."""
@@ -305,6 +313,12 @@ def _as_plain(value):
     if isinstance(value, list):
         return [_as_plain(part) for part in value]
     return value._asdict() if hasattr(value, "_asdict") else value
+
+
+def _is_same(a, b):
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return a == b or (a != a and b != b)
 
 
 def _without_nan(value):

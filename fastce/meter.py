@@ -257,7 +257,8 @@ class LossMeter:
     ):
         self.n_bins = _checks.as_count("n_bins", n_bins)
         self.weight = copy.deepcopy(weight)  # all batches have the same, whatever becomes of the caller's array
-        self.ignore_index = ignore_index
+        # Likewise; the default is known by its identity.
+        self.ignore_index = ignore_index if ignore_index is IGNORE_INDEX else kept_ids(ignore_index)
         self.class_names = _checks.as_names(class_names)
         self._names: tuple[str, ...] = ()
         self._weight: NDArray[np.float64] | None = None
@@ -288,13 +289,20 @@ class LossMeter:
     def merge(self, other: "LossMeter") -> "LossMeter":
         """Add all that another meter has seen, as if its rows came after this one's, and return this one.
 
-        Raises ValueError where the two have other classes, class weights, bins or kinds of targets, TypeError for
-        anything that is no LossMeter.
+        Raises ValueError where the two have other classes, names of classes, ignored ids, class weights, bins or kinds
+        of targets, TypeError for anything that is no LossMeter.
         """
         if not isinstance(other, LossMeter):
             raise TypeError(f"other must be a LossMeter, got {type(other).__name__}")
         if other.n_bins != self.n_bins:
             raise ValueError(f"meters must have the same n_bins to be merged, got {self.n_bins} and {other.n_bins}")
+        if not np.array_equal(_checks.as_ignored(other.ignore_index), _checks.as_ignored(self.ignore_index)):
+            raise ValueError(
+                "meters must have the same ignore_index to be merged, "
+                f"got {self.ignore_index!r} and {other.ignore_index!r}"
+            )
+        if None not in (self.class_names, other.class_names) and self.class_names != other.class_names:
+            raise ValueError("meters must have the same class_names to be merged, got two different ones")
         if other._tally is None:
             return self
         if self._tally is None:
@@ -320,6 +328,14 @@ class LossMeter:
             raise ValueError("a LossMeter needs at least one update before compute, got none")
         with np.errstate(all="ignore"):
             return report_on(self._tally, self._names, self._weight)
+
+
+def kept_ids(ignore_index):
+    """Return ids to ignore as None, an integer or a list of its own, whatever became of what was given; or raise."""
+    if ignore_index is None:
+        return None
+    ids = _checks.as_ignored(ignore_index).tolist()
+    return ids[0] if len(ids) == 1 else ids
 
 
 def check_same_weight(a, b):

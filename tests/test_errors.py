@@ -196,6 +196,26 @@ def test_targets_of_another_shape(targets, hint):
     refuse(call, ValueError, "targets", shape, rf"\({ROWS},\)|\({ROWS}, {CLASSES}\)", hint)
 
 
+@pytest.mark.parametrize("function", [fastce.cross_entropy, fastce.kl_divergence])
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((ROWS, CLASSES - 1), ""), ((CLASSES, ROWS), "axes look transposed"), ((ROWS + 1,), ""), ((ROWS, 1), "last axis")],
+)
+def test_distributions_of_another_shape(function, shape, hint):
+    with pytest.raises(ValueError, match=f"targets .*distributions.*{re.escape(str(shape))}.*{hint}") as caught:
+        function(np.zeros((ROWS, CLASSES)), np.ones(shape))
+    assert f"({ROWS}, {CLASSES})" in str(caught.value)
+
+
+def test_indices_of_sparse_targets_out_of_range_are_entries():
+    targets = fastce.SparseTargets([[0, -1], [1, -1]], np.ones((2, 2)))
+    with pytest.raises(IndexError, match=r"2 entries have.*; fill up with any class and the value 0$"):
+        fastce.cross_entropy(np.zeros((2, 3)), targets)
+    targets = fastce.SparseTargets([[1, 2], [3, 1]], np.ones((2, 2)))
+    with pytest.raises(IndexError, match=r"pass targets\.indices - 1$"):
+        fastce.cross_entropy(np.zeros((2, 3)), targets)
+
+
 def test_ragged_lists_are_refused():
     call = Call()
     call.targets = [[0], [1, 2], 3, 4, 0, 0]

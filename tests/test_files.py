@@ -88,6 +88,17 @@ def test_bfloat16_comes_out_of_safetensors(scores, tmp_path):
     np.testing.assert_array_equal(stored.load().astype(np.float32), array.astype(np.float32))
 
 
+def test_the_command_line_reads_bfloat16(scores, tmp_path, run_python):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    stored = save_safetensors(tmp_path / "logits.safetensors", scores.astype(ml_dtypes.bfloat16))
+    np.save(tmp_path / "targets.npy", np.zeros(len(scores), np.int64))
+    arguments = "-m", "fastce", "report", stored, str(tmp_path / "targets.npy")
+    assert "loss" in run_python(*arguments).stdout
+    without = "import sys; sys.modules['ml_dtypes'] = None; from fastce.__main__ import main; sys.exit(main())"
+    done = run_python("-c", without, *arguments[2:], check=False)
+    assert done.returncode == 1 and "for bfloat16 install ml_dtypes" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("suffix", "save"), [(".npy", save_npy), (".npz", save_npz), (".safetensors", save_safetensors)],
     ids=lambda value: getattr(value, "__name__", value),
@@ -127,6 +138,11 @@ def test_an_array_is_found_by_its_name_its_role_or_because_it_is_alone(tmp_path)
         open_array(f"{path}:b", "targets")
     with pytest.raises(FileError, match=r"say which array holds the weight, as in .*run\.npz:NAME"):
         open_array(str(path), "weight")
+
+
+def test_the_name_of_an_array_may_hold_colons(tmp_path):
+    np.savez(tmp_path / "run.npz", **{"dense:0": np.arange(3), "dense:1": np.arange(4)})
+    assert open_array(f"{tmp_path / 'run.npz'}:dense:1", "logits").shape == (4,)
 
 
 def test_a_path_may_hold_colons(tmp_path):
@@ -172,6 +188,10 @@ BAD_FILES = {
     "cut short": (".npy", lambda: npy_bytes()[:-1], r"cut short: float64 of shape \(500,\) takes 4,000 bytes"),
     "only a head": (".npy", lambda: npy_with_head("<f4", (10**6, 10**6)), "cut short.*4,000,000,000,000 bytes"),
     "size below zero": (".npy", lambda: npy_with_head("<f4", (-1, 3), b"0" * 99), "no .npy data"),
+    "too many numbers": (".npy", lambda: npy_with_head("<f4", (0, 2**40, 2**40)), "no .npy data"),
+    "a size beyond 64 bits": (".npy", lambda: npy_with_head("<f4", (0, 2**70)), "no .npy data"),
+    "too many axes": (".npy", lambda: npy_with_head("<f4", (1,) * 70, b"0" * 4), "no .npy data"),
+    "a size that is a bool": (".npy", lambda: npy_with_head("<f4", (True, 4), b"0" * 16), "no .npy data"),
     "one number": (".npy", lambda: npy_bytes(np.float32(3)), "holds a single number"),
     "objects": (".npy", lambda: npy_bytes(np.array([{}]), allow_pickle=True), "Python objects, which are never read"),
     "npz empty": (".npz", lambda: b"", "no .npz file"),
@@ -184,6 +204,7 @@ BAD_FILES = {
         ".npz", lambda: npz_bytes(npy_bytes()[:-8], compression=zipfile.ZIP_DEFLATED), "cut short: 8 bytes are missing",
     ),
     "packed array damaged": (".npz", lambda: flipped(npz_bytes(compression=zipfile.ZIP_DEFLATED), 400), "damaged"),
+    "lzma array damaged": (".npz", lambda: flipped(npz_bytes(compression=zipfile.ZIP_LZMA), 60), "damaged"),
     "npz of objects": (".npz", lambda: npz_bytes(npy_bytes(np.array([{}]), allow_pickle=True)), "Python objects"),
     "safetensors empty": (".safetensors", lambda: b"", "no .safetensors file"),
     "safetensors cut short": (".safetensors", lambda: safetensors_bytes()[:-8], "cut short"),
@@ -246,6 +267,22 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     write_whole(tmp_path / "null", b"data")
     assert (tmp_path / "null").is_symlink() and not (tmp_path / "null").is_file()
+
+
+def test_pipes_are_written_to_by_any_name(tmp_path):
+    end, begin = os.pipe()
+    write_whole(f"/dev/fd/{begin}", b"data")
+    os.close(begin)
+    with open(end, "rb") as stream:
+        assert stream.read() == b"data"
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_bytes(b"first")
+    path.chmod(0o600)
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second" and path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

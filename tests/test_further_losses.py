@@ -520,7 +520,7 @@ OWN = {
         "ignore_index": [(1.5, TypeError), (2**64, ValueError)],
     },
     "kl": {
-        "targets": [([0, 1, 2, 0], TypeError), (-np.ones((4, 3)), ValueError), (np.ones((4, 2)), TypeError),
+        "targets": [([0, 1, 2, 0], TypeError), (-np.ones((4, 3)), ValueError), (np.ones((4, 2)), ValueError),
                     (np.full((4, 3), np.nan), ValueError), (np.ones((4, 3), int), (TypeError, ValueError))],
         "from_logits": [(1, TypeError), ("yes", TypeError), (None, TypeError)],
     },

@@ -69,6 +69,11 @@ def test_rows_and_classes_are_left_out_as_in_optax(rng):
             for one, other in zip(mine, theirs, strict=True):
                 assert_same(one, other)
     assert ours.cross_entropy(logits.at[0].set(jnp.nan), labels, where=rows)[0] == 0
+    padded = jax.value_and_grad(lambda z, ids: ours.cross_entropy(z, ids, where=rows).sum())
+    for one, other in zip(padded(logits, labels.at[0].set(-1)), padded(logits, labels), strict=True):
+        assert_same(one, other)
+    with pytest.raises(TypeError, match="integer"):
+        ours.cross_entropy(logits, labels, ignore_index=1.5)
 
 
 def test_ignored_ids_and_smoothing(rng):

@@ -94,6 +94,16 @@ def test_gradients_may_take_the_place_of_the_raw_predictions(y_true, raw_predict
         np.testing.assert_array_equal(array, exact)
     with pytest.raises(ValueError, match="gradient_out must not overlap raw_prediction"):
         loss.gradient_proba(y_true, given, gradient_out=given)
+    with pytest.raises(ValueError, match="loss_out overlaps raw_prediction"):
+        loss.loss(y_true, given, loss_out=given.reshape(-1)[: len(y_true)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_raw_predictions_may_be_lists(method, y_true, raw_prediction):
+    loss = ours.MultinomialLoss(CLASSES)
+    expected = call(loss, method, y_true, raw_prediction.astype(np.float64))
+    for array, exact in zip(call(loss, method, y_true, raw_prediction.tolist()), expected, strict=True):
+        np.testing.assert_array_equal(array, exact)
 
 
 @pytest.mark.parametrize("method", METHODS)

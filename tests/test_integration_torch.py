@@ -192,6 +192,14 @@ def test_first_and_second_derivatives_are_those_of_the_loss(kind, reduction):
     assert torch.autograd.gradgradcheck(loss, tensors)
 
 
+def test_weights_of_both_signs_that_add_up_to_0_have_no_gradient():
+    input = torch.zeros((2, 3), requires_grad=True)
+    for weight in ([1.0, 0, -1], [0.0, 0, 0]):
+        loss = ours.cross_entropy(input, torch.tensor([0, 2]), weight=torch.tensor(weight))
+        (gradient,) = torch.autograd.grad(loss, input)
+        assert not loss.isfinite() and not gradient.any()
+
+
 def test_weights_of_distributions_have_pytorch_s_gradient_and_those_of_class_ids_its_error():
     input, target = a_batch((4, 5), torch.float32, "distributions")
     gradients = []

@@ -107,11 +107,17 @@ def test_meters_that_do_not_belong_together_are_not_merged(rng):
         LossMeter(weight=np.arange(12.0)).update(logits, ids),
         LossMeter().update(logits[:, :5], ids % 5),
         LossMeter().update(logits, np.eye(12)[ids]),
+        LossMeter(ignore_index=1).update(logits, ids),
+        LossMeter(ignore_index=[-100, 1]),
+        LossMeter(ignore_index=None),
     ):
         with pytest.raises(ValueError, match="must"):
             meter.merge(other)
     with pytest.raises(TypeError, match="LossMeter"):
         meter.merge(before)
+    named = [LossMeter(class_names=names).update(logits, ids) for names in (list("abcdefghijkl"), list("bacdefghijkl"))]
+    with pytest.raises(ValueError, match="same class_names"):
+        named[0].merge(named[1])
     assert meter.merge(LossMeter()).compute() == before
     with pytest.raises(ValueError, match="at least one update"):
         LossMeter().compute()
@@ -130,6 +136,21 @@ def test_a_meter_without_rows_keeps_its_weight_and_its_names_when_it_is_merged(r
     merged = LossMeter(weight=list(weight), class_names=names).merge(LossMeter(weight=weight).update(logits, ids))
     assert merged.compute() == fastce.report(logits, ids, weight=weight, class_names=names)
     assert LossMeter().merge(LossMeter(class_names=names).update(logits, ids)).compute().per_class[1].name == "b"
+
+
+@pytest.mark.parametrize("kind", [iter, list, np.array, tuple])
+def test_ids_to_ignore_are_the_meter_s_own(kind, rng):
+    logits, ids, _ = random_rows(rng)
+    given = kind([0, 3])
+    meter = LossMeter(ignore_index=given).update(logits[:100], ids[:100])
+    if hasattr(given, "append"):
+        given.append(1)
+    assert meter.update(logits[100:], ids[100:]).compute() == fastce.report(logits, ids, ignore_index=[0, 3])
+    for ignored, error in (([0.5], TypeError), (2**70, ValueError)):
+        with pytest.raises(error, match="ignore_index"):
+            LossMeter(ignore_index=ignored)
+    soft = LossMeter(ignore_index=None).update(logits, np.eye(12)[ids])
+    assert soft.compute().loss == pytest.approx(fastce.report(logits, ids).loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", [iter, lambda names: dict.fromkeys(names).keys(), np.array])

@@ -400,3 +400,11 @@ def test_the_initial_bias_is_finite_for_classes_that_are_never_seen():
             fastce.init_bias(targets, 3, **options)
     with pytest.raises(ValueError, match="n_classes"):
         fastce.init_bias([0], 0)
+
+
+def test_reports_of_the_same_rows_are_equal_whatever_does_not_exist(rng):
+    logits, ids = rng.normal(size=(40, 5)), rng.integers(0, 4, 40)  # no row of the last class
+    for spoiled in (logits, np.where(np.arange(40)[:, None] == 3, np.nan, logits)):
+        assert fastce.report(spoiled, ids) == fastce.report(spoiled, ids)
+        assert fastce.report(spoiled, ids) != fastce.report(spoiled, (ids + 1) % 4)
+    assert fastce.report(logits, ids) != 1

@@ -1,5 +1,6 @@
 """Cross-entropy for JAX on the CPU: a loss a row as optax gives it, under jit, grad and vmap, computed by fastce."""
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,7 +100,7 @@ def cross_entropy(logits, labels, *, axis=-1, where=None, ignore_index=-100, lab
             where = jnp.broadcast_to(where, logits.shape)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    return losses(Options(axis, int(ignore_index), float(label_smoothing)), logits, labels, where)
+    return losses(Options(axis, operator.index(ignore_index), float(label_smoothing)), logits, labels, where)
 
 
 def without_axis(shape, axis):
@@ -159,6 +160,8 @@ def compute(options, with_grad, logits, labels, where):
             given["class_mask"] = where
             where = where.any(options.axis)
         given["sample_weight"] = where.astype(np.float32)
+        if labels.dtype.kind in "iu":
+            labels = np.where(where, labels, 0)  # ids of padding are checked by fastce, here they may be anything
     if not with_grad:
         return fastce.cross_entropy(logits, labels, **given).astype(logits.dtype, copy=False)
     losses, gradients = fastce.cross_entropy_with_grad(logits, labels, **given)

@@ -110,6 +110,8 @@ class MultinomialLoss:
         self, y_true, raw_prediction, sample_weight=None, gradient_out=None, hessian_out=None, n_threads=1
     ):
         """Return each sample's gradient and diagonal Hessian, both (n, n_classes)."""
+        raw_prediction = np.asanyarray(raw_prediction)
+        _check_buffers(raw_prediction, gradient_out=gradient_out, hessian_out=hessian_out)
         given = next((out for out in (gradient_out, hessian_out) if out is not None), raw_prediction)
         gradient_out, hessian_out = (
             np.empty_like(given, dtype=given.dtype.newbyteorder("=")) if out is None else out
@@ -125,6 +127,7 @@ class MultinomialLoss:
         self, y_true, raw_prediction, sample_weight=None, gradient_out=None, proba_out=None, n_threads=1
     ):
         """Return each sample's gradient and probabilities, both (n, n_classes)."""
+        raw_prediction = np.asanyarray(raw_prediction)
         _check_buffers(raw_prediction, gradient_out=gradient_out, proba_out=proba_out)
         if gradient_out is not None and np.may_share_memory(gradient_out, raw_prediction):
             raise ValueError("gradient_out must not overlap raw_prediction, which the probabilities need")
@@ -138,6 +141,7 @@ class MultinomialLoss:
 
     def _gradient(self, y_true, raw_prediction, sample_weight, gradient_out, n_threads, reduction="none"):
         """Return (losses, gradient)."""
+        raw_prediction = np.asanyarray(raw_prediction)
         losses, gradient = self._compute(
             cross_entropy_with_grad, y_true, raw_prediction, sample_weight, n_threads, reduction=reduction,
             out=_buffer(gradient_out, raw_prediction),
@@ -170,6 +174,8 @@ def _check_buffers(raw_prediction, **buffers):
             raise ValueError(f"{name} must have the shape {expected}, got {out.shape}")
         if not out.flags.writeable:
             raise ValueError(f"{name} is read-only")
+        if name == "loss_out":
+            _checks.check_apart(out, [("raw_prediction", raw_prediction)], name, besides_logits=False)
     for (name, out), (other, value) in combinations(given.items(), 2):
         _checks.check_apart(out, [(other, value)], name, besides_logits=False)
 

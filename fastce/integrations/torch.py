@@ -77,11 +77,10 @@ def cross_entropy(
 
     Notes
     -----
-    If nothing asks for a gradient (``torch.no_grad()``, ``input.requires_grad`` False) the loss alone is computed. The
-    gradient of the forward pass is used up by the first backward pass; another one over the same graph
-    (``retain_graph=True``) computes it afresh. Derivatives of the gradient, forward-mode derivatives, and those for a
-    `target` or `weight` that require it, are PyTorch's own. As in fastce, the gradient of a mean whose weights add up
-    to 0 is 0, not nan.
+    If nothing asks for a gradient (``torch.no_grad()``, ``input.requires_grad`` False) the loss alone is computed.
+    Otherwise the forward pass computes the gradient too, and a backward pass returns it. Derivatives of the gradient,
+    forward-mode derivatives, and those for a `target` or `weight` that require it, are PyTorch's own. As in fastce, the
+    gradient of a mean whose weights add up to 0 is 0, not nan.
 
     References
     ----------
@@ -223,9 +222,9 @@ def compute_signed(logits, targets, weight, reduction, out, options):
         divisor = weight[targets[targets != options["ignore_index"]]].sum()
     else:
         divisor = logits.size / len(weight)
+    if out is not None:
+        out *= 1 / divisor if divisor else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        if out is not None:
-            out /= divisor
         return loss / divisor
 
 
