@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_layouts import assert_same_bits
+from truth import GRADIENT_BOUND
 
 import fastce
 
@@ -128,3 +129,17 @@ def test_where_a_gradient_cancels_it_may_end_on_either_side_of_the_dtype_s_range
         results = loss.astype(np.float32), np.array([[0, 0, wrong]], np.float16)
         with pytest.raises(AssertionError, match="inf"):
             fuzz.check_values(call, results, [(loss, loss), (true, allowed)])
+
+
+@pytest.mark.parametrize("other", [-5, -20, -80])
+def test_a_steep_z_loss_of_a_log_sum_exp_near_0_keeps_its_digits(other, dtype):
+    # The log-sum-exp has the dtype's digits of 1 there, not of itself; at the target's side it has its own.
+    logits = np.array([[8.557e-4, other]], dtype)
+    for target in (0, 1):
+        gradient = fastce.cross_entropy_with_grad(logits, [target], z_loss=100.0)[1][0]
+        z = logits[0].astype(np.longdouble)
+        lse = np.log(np.exp(z).sum())
+        p = np.exp(z - lse)
+        size = p * (1 + 200 * (1 if target else np.abs(lse))) + (np.arange(2) == target)
+        true = p * (1 + 200 * lse) - (np.arange(2) == target)
+        assert (np.abs(gradient - true) <= size * GRADIENT_BOUND[dtype.name]).all()
