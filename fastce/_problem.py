@@ -101,7 +101,9 @@ class Problem:
         """Return whether the kernels for class ids will do: with the few options that are only numbers to them."""
         if self.ids is None or self.cap != 0.0:
             return False
-        if self.smoothing > _engine.kernels.MOST_SMOOTHING or (self.mask is not None and self.smoothing):
+        if self.smoothing > _engine.kernels.MOST_SMOOTHING or self.z_loss > _engine.kernels.MOST_Z_LOSS:
+            return False
+        if self.mask is not None and self.smoothing:
             return False
         return self.weight is None or self.smoothing == self.z_loss == 0.0
 

@@ -217,10 +217,9 @@ def cross_entropy_with_grad(
     Notes
     -----
     Every entry with p >= 2^-126 (float32) is within 4.8e-7 of the exact value, relatively, also at the target; for
-    soft targets, smoothing and z_loss, whose terms have both signs, relatively to the sum of their magnitudes, with a
-    log-sum-exp of at least 1; float64 within 2e-15. Special rows: nan, +inf or all -inf make the whole row nan and
-    touch no other; a logit of -inf has p = 0; a target at -inf has -1. The gradient of a mean over a denominator of 0
-    is 0.
+    soft targets, smoothing and z_loss, whose terms have both signs, relatively to the sum of their magnitudes; float64
+    within 2e-15. Special rows: nan, +inf or all -inf make the whole row nan and touch no other; a logit of -inf has
+    p = 0; a target at -inf has -1. The gradient of a mean over a denominator of 0 is 0.
 
     Examples
     --------

@@ -818,13 +818,11 @@ def of_cross_entropy(name, logits, targets, **options):
     if isinstance(targets, np.ndarray) and targets.dtype.kind not in "iu":
         targets = targets.astype(computing_dtype(logits.dtype))  # masses are rounded to it
     truth = truth_of(logits, targets, **options)
-    # The bound of what z_loss adds to the gradient is that of a log-sum-exp of at least 1.
     kept = ("axis", "weight", "sample_weight", "ignore_index", "reduction", "denominator", "grad_output")
     batch = Batch(logits, targets, **{key: value for key, value in options.items() if key in kept})
-    more = 2 * float(options.get("z_loss", 0.0)) * GRADIENT_BOUND[computing_dtype(logits.dtype).name]
     mass = (batch.w * (batch.q + np.where(float(options.get("label_smoothing", 0.0)) > 0, 1, 0))).sum(1)
     spread = np.where(np.isfinite(batch.x), np.abs(batch.x), 0).max(1) * max(1.0, float(options.get("logit_scale", 1)))
-    truth.gradient_allowed = batch.widened(truth.gradient_allowed, mass, more)
+    truth.gradient_allowed = batch.widened(truth.gradient_allowed, mass)
     # A probability below the normal numbers may be lost before z_loss makes it steeper.
     steep = 2 * float(options.get("z_loss", 0.0)) * spread
     truth.hessian_allowed = batch.widened(truth.hessian_allowed, mass + steep)
@@ -896,9 +894,9 @@ class Batch:
         """Return what the gradient of each row's own loss is multiplied by."""
         return self.s * self.factor / self.divisor()[0]
 
-    def widened(self, allowed, mass, more=0.0):
+    def widened(self, allowed, mass):
         """Return the bound of gradients that may lose terms below the normal numbers before they are scaled."""
-        more = more + np.finfo(self.x.dtype).smallest_normal * (1 + np.nan_to_num(mass))
+        more = np.finfo(self.x.dtype).smallest_normal * (1 + np.nan_to_num(mass))
         more = more * np.nan_to_num(np.abs(self.scale()), posinf=0)
         return np.where(allowed > 0, allowed + np.expand_dims(more.reshape(self.row_shape), self.axis), 0)
 

@@ -131,15 +131,15 @@ def test_where_a_gradient_cancels_it_may_end_on_either_side_of_the_dtype_s_range
             fuzz.check_values(call, results, [(loss, loss), (true, allowed)])
 
 
-@pytest.mark.parametrize("other", [-5, -20, -80])
-def test_a_steep_z_loss_of_a_log_sum_exp_near_0_keeps_its_digits(other, dtype):
-    # The log-sum-exp has the dtype's digits of 1 there, not of itself; at the target's side it has its own.
-    logits = np.array([[8.557e-4, other]], dtype)
-    for target in (0, 1):
-        gradient = fastce.cross_entropy_with_grad(logits, [target], z_loss=100.0)[1][0]
-        z = logits[0].astype(np.longdouble)
-        lse = np.log(np.exp(z).sum())
-        p = np.exp(z - lse)
-        size = p * (1 + 200 * (1 if target else np.abs(lse))) + (np.arange(2) == target)
-        true = p * (1 + 200 * lse) - (np.arange(2) == target)
+@pytest.mark.parametrize("z_loss", [0.0625, 0.5, 1.0, 1.5, 100.0])
+@pytest.mark.parametrize("other", [-2, -5, -20, -80])
+def test_a_log_sum_exp_near_0_keeps_its_digits_however_steep_its_loss(other, z_loss, dtype):
+    logits = np.array([[8.557e-4, other], [-8.557e-4, other], [0.0, other]], dtype)
+    z = logits.astype(np.longdouble)
+    lse = np.log1p(np.exp(z[:, 1:] - z[:, :1])) + z[:, :1]
+    p = np.exp(z - lse)
+    for target in np.eye(2):
+        gradient = fastce.cross_entropy_with_grad(logits, [target.argmax()] * 3, z_loss=z_loss, reduction="sum")[1]
+        size = p * (1 + 2 * z_loss * np.abs(lse)) + target
+        true = p * (1 + 2 * z_loss * lse) - target
         assert (np.abs(gradient - true) <= size * GRADIENT_BOUND[dtype.name]).all()

@@ -104,9 +104,7 @@ def solve(x, a, shown, *, logit_scale=1.0, softcap=None, z_loss=0.0):
         gradient[at_top] = p[at_top] * elsewhere.sum(1) - (a * miss)[at_top]
         gradient += p * 2 * z_loss * lse
         single = ((a > 0).sum(1, keepdims=True) <= 1) & (z_loss == 0)
-        # As documented: with a log-sum-exp of at least 1.
-        steepest = 2 * z_loss * np.maximum(reach, 1)
-        gradient_size = np.where(single, np.abs(gradient), p * (total + steepest) + a)
+        gradient_size = np.where(single, np.abs(gradient), p * (total + 2 * z_loss * reach) + a)
         hessian = p * ((total + 2 * z_loss * lse) * miss + 2 * z_loss * p)
         hessian_size = p * (total + 2 * z_loss * (reach + 1))
         slope = np.where(np.isneginf(x), 0, slope) if softcap is not None else slope

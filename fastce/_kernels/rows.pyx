@@ -21,7 +21,9 @@ Options are numbers: with z the scaled logits, -inf where a mask says so, share 
     hess_j = p_j ((1 + 2 zeta lse)(1 - p_j) + 2 zeta p_j)
 
 The sum of differences may be negative, but with smoothing <= 1/2 neither part is larger than twice the loss; its own
-rounding is 5 u. A softmax is a gradient without a target: any class may set the scale.
+rounding is 5 u. An error d of S makes lse too large by d and p too small by as much: with zeta <= 1 the gradient's
+factor is off by |2 zeta - (1 + 2 zeta lse)| d, at most (1 + 2 zeta |lse|) d, also where lse is near 0. Larger ones are
+soft.pyx's, which has the lse's own digits. A softmax is a gradient without a target: any class may set the scale.
 
 Rounding in units of u = 2^-24 (2^-53): e_j 1.2; S 1.2 and 3 for its sum (three levels of additions in the dtype, then
 float64, compensated for float64 rows); scale/S 1; the product 1. Together 7.4 u = 4.4e-7 (8.2e-16). Every sum has a
@@ -109,6 +111,8 @@ cnp.import_array()
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
 # Up to here class ids may be smoothed on these kernels: beyond it the two parts of the loss may cancel.
 MOST_SMOOTHING = 0.5
+# Up to here z_loss adds no more to the gradient's error than it has anyway.
+MOST_Z_LOSS = 1.0
 
 cdef enum:
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
@@ -605,7 +609,7 @@ cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcep
         and type(z_loss) is float
         and 0.0 <= <double>label_smoothing <= MOST_SMOOTHING
         and 0.0 < <double>logit_scale < INFINITY
-        and 0.0 <= <double>z_loss < INFINITY
+        and 0.0 <= <double>z_loss <= MOST_Z_LOSS
     )
 
 
