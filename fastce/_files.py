@@ -16,8 +16,6 @@ from numpy.lib import format as npy
 
 __all__ = ["FileError", "StoredArray", "open_array", "write_whole"]
 
-SUFFIXES = ".npy", ".npz", ".safetensors"
-
 
 class FileError(Exception):
     """A file that cannot be used; the message names it and says what is wrong."""
@@ -48,10 +46,9 @@ def open_array(place, role):
     Without a name the only array of such a file is taken, or of several the one that is called like its `role`.
     """
     path, name = split_place(place)
-    openers = dict(zip(SUFFIXES, (open_npy, open_npz, open_safetensors), strict=True))
-    opener = openers.get(path.suffix.lower())
+    opener = OPENERS.get(path.suffix.lower())
     if opener is None:
-        raise FileError(f"{path}: the {role} must be in a file that ends in {', '.join(SUFFIXES)}")
+        raise FileError(f"{path}: the {role} must be in a file that ends in {', '.join(OPENERS)}")
     try:
         return opener(path, name, role)
     except OSError as error:
@@ -60,11 +57,12 @@ def open_array(place, role):
 
 def split_place(place):
     """Return (path, name or "") of ``path:name``; in the path of a file that exists a colon is only a letter."""
-    parts = place.split(":")
-    for end in range(1, len(parts)):  # a name may hold colons too
-        path = Path(":".join(parts[:end]))
-        if path.suffix.lower() in SUFFIXES and not os.path.exists(place):
-            return path, ":".join(parts[end:])
+    if not os.path.exists(place):
+        parts = place.split(":")
+        for end in range(1, len(parts)):  # the first that may be a file: a name may hold colons too
+            path = Path(":".join(parts[:end]))
+            if path.suffix.lower() in OPENERS:
+                return path, ":".join(parts[end:])
     return Path(place), ""
 
 
@@ -132,6 +130,9 @@ def open_safetensors(path, name, role):
         head_length = int(np.fromfile(stream, "<u8", 1)[0])
         begin, end = json.loads(stream.read(head_length))[name]["data_offsets"]
         return map_array(stream, f"{path}:{name}", shape, dtype, "C", 8 + head_length + begin, 8 + head_length + end)
+
+
+OPENERS = {".npy": open_npy, ".npz": open_npz, ".safetensors": open_safetensors}
 
 
 def choose(path, names, name, role):

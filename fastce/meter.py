@@ -257,8 +257,7 @@ class LossMeter:
     ):
         self.n_bins = _checks.as_count("n_bins", n_bins)
         self.weight = copy.deepcopy(weight)  # all batches have the same, whatever becomes of the caller's array
-        # Likewise; the default is known by its identity.
-        self.ignore_index = ignore_index if ignore_index is IGNORE_INDEX else kept_ids(ignore_index)
+        self.ignore_index = kept_ids(ignore_index)  # likewise
         self.class_names = _checks.as_names(class_names)
         self._names: tuple[str, ...] = ()
         self._weight: NDArray[np.float64] | None = None

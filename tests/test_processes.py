@@ -510,9 +510,9 @@ for _ in range(5):
     timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
     try:
         timer.start()
-        # Not in a lock: that sleeps on where the system hands the signal to another thread, whatever this computes.
+        # Not long in one lock: it sleeps on where the system hands the signal to another thread, whatever that does.
         for _ in range(6000):
-            time.sleep(0.01)
+            threading.Event().wait(0.01)
         raise AssertionError("no KeyboardInterrupt")
     except KeyboardInterrupt:
         timer.join()

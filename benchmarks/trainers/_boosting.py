@@ -7,9 +7,9 @@ from sklearn.datasets import load_digits, make_classification
 
 # Samples, features and classes of the synthetic tasks: many samples, and many classes.
 SIZES = {"tabular": (50_000, 20, 7), "many classes": (10_000, 20, 64)}
+QUICK_SIZES = {"tabular": (500, 20, 7), "many classes": (500, 20, 12)}
 # Trees a class in a training.
 ROUNDS = {"digits": 20, "tabular": 5, "many classes": 3}
-QUICK_SIZES = {"tabular": (500, 20, 7), "many classes": (500, 20, 12)}
 
 
 @cache

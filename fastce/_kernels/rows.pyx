@@ -363,7 +363,7 @@ def cross_entropy_rows(
     multiplies each row's gradient, or None for `scale` throughout; `weight` (C,) of the classes, `sample_weight` (N,)
     float64, or None, multiply losses and gradients; `hess`, which goes with `out`, gets the diagonal of the second
     derivatives; `out` may be `logits`; `memory` has as many bytes as memory_needed says. `smoothing` (at most
-    1/2) and `z_loss` do not go with `weight`, nor `mask` (N, C) or `common_mask` (C,), as bytes, with
+    1/2) and `z_loss` (at most 1) do not go with `weight`, nor `mask` (N, C) or `common_mask` (C,), as bytes, with
     `smoothing`.
     """
     cdef Batch batch = empty_batch()

@@ -222,9 +222,11 @@ def compute_signed(logits, targets, weight, reduction, out, options):
         divisor = weight[targets[targets != options["ignore_index"]]].sum()
     else:
         divisor = logits.size / len(weight)
-    if out is not None:
-        out *= 1 / divisor if divisor else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
+        if out is not None and divisor == 0:
+            out[...] = 0
+        elif out is not None:
+            out /= divisor
         return loss / divisor
 
 
