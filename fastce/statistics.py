@@ -49,7 +49,7 @@ def cross_entropy_stats(
         - ``lse``: :math:`\log \sum_k e^{z_k}`;
         - ``predicted``: the lowest class with the largest logit, int64;
         - ``correct``: whether that is the target, for soft targets a class with the largest mass, bool;
-        - ``probability``: :math:`p_t`, for soft targets :math:`\sum_c q_c p_c`;
+        - ``probability``: :math:`p_t`, for soft targets :math:`\sum_c q_c p_c`, inf for float64 masses above 1e154;
         - ``entropy``: :math:`-\sum_c p_c \log p_c` in nats, of the prediction, whatever the target.
 
         An ignored row has loss 0, predicted -1, correct False, and nan for the rest; a row with a nan, a +inf or
