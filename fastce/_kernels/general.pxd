@@ -4,7 +4,7 @@ from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.block cimport BLOCK_ROWS, Scratch, is_normal, miss_of
+from fastce._kernels.block cimport BLOCK_ROWS, SMALL_LANES, Scratch, is_normal
 from fastce._kernels.lanes cimport add_chunk, next_line
 from fastce._kernels.staged cimport Transform
 from fastce._kernels.vexp cimport (
@@ -66,10 +66,12 @@ cdef struct Own:
     double[BLOCK_ROWS] mass_at_maximum  # a_m
     double[BLOCK_ROWS] linear           # sum a_c (z_m - z_c)
     double[BLOCK_ROWS] spread           # sum e_c (z_m - z_c)
+    double[BLOCK_ROWS * SMALL_LANES] lanes  # of short rows' linear
     double[BLOCK_ROWS] hit              # sum of e_c by the target's own, unweighted mass
     double[BLOCK_ROWS] largest_mass
     double[BLOCK_ROWS] steepness        # 2 z_loss lse
     double[BLOCK_ROWS] factor           # of the row's gradient
+    double[BLOCK_ROWS] loss
     double[BLOCK_ROWS] infinite         # the log-sum-exp where the largest logit is infinite
     int64_t[BLOCK_ROWS] argmax          # -1: the row is not looked at
     Py_ssize_t[BLOCK_ROWS] turn         # how many rows of the block are looked at before this one
@@ -150,7 +152,7 @@ cdef inline void settle_maximum(
 ) noexcept nogil:
     cdef const uint8_t* mask = mask_of(batch, row)
     cdef Py_ssize_t i, n_shown = 0
-    if batch.smoothing != 0.0 and batch.base == NULL:
+    if shares_by_row(batch):
         for i in range(batch.n_classes):
             n_shown += mask[i] != 0
     own.n_shown[r] = n_shown
@@ -160,48 +162,76 @@ cdef inline void settle_maximum(
             own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
 
 
+# Whether the classes that share the smoothing are each row's own.
+cdef inline bint shares_by_row(const Batch* batch) noexcept nogil:
+    return batch.smoothing != 0.0 and batch.base == NULL
+
+
 # The gradient at the largest logit: from the others where all mass is there.
 cdef inline double pull_at_maximum(const Own* own, Py_ssize_t r) noexcept nogil:
     cdef const Scratch* rows = &own.rows
     cdef double pull = (own.mass[r] + own.steepness[r]) * (rows.at_target[r] * rows.inverse[r])
-    pull -= own.mass_at_maximum[r] * miss_of(rows.others[r], rows.at_target[r])
+    pull -= own.mass_at_maximum[r] * rows.miss[r]
     return pull * own.factor[r]
 
 
-# A row's loss and statistics from its sums, once finish_row has taken the logarithm; the factor of its gradient.
-cdef inline void settle_row(const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t r) noexcept nogil:
+# Losses of rows [start, end) of a block from their sums, once finish_row has taken the logarithms, and the factors of
+# their gradients. One thing a loop: loops without branches become vectors.
+cdef inline void settle_rows(
+    const Batch* batch, Own* own, Py_ssize_t first, Py_ssize_t start, Py_ssize_t end
+) noexcept nogil:
     cdef Scratch* rows = &own.rows
-    cdef Py_ssize_t row = first + r
-    cdef double lse, loss, sample_weight
-    cdef bint is_whole = rows.loss[r] == rows.loss[r]
-    lse = own.maximum[r] + rows.loss[r]
-    sample_weight = 1.0 if batch.sample_weight == NULL else batch.sample_weight[row]
-    own.factor[r] = batch.scale * sample_weight * batch.transform.scale
-    if batch.scales != NULL:
-        own.factor[r] *= batch.scales[row]
-    if own.argmax[r] < 0:
-        lse = NAN
-        loss = 0.0
-        rows.scale[r] = 0.0
-    else:
+    cdef Py_ssize_t r
+    for r in range(start, end):
+        rows.lse[r] = own.maximum[r] + rows.loss[r]
         rows.scale[r] = own.mass[r] + own.mass_at_maximum[r]
-        loss = rows.scale[r] * rows.loss[r] + own.linear[r]
+        own.loss[r] = rows.scale[r] * rows.loss[r] + own.linear[r]
         own.steepness[r] = 0.0
-        if batch.z_loss != 0.0:
-            loss += batch.z_loss * lse * lse
-            own.steepness[r] = 2.0 * batch.z_loss * lse
+        own.factor[r] = batch.scale
+    if batch.z_loss != 0.0:
+        for r in range(start, end):
+            own.loss[r] += batch.z_loss * rows.lse[r] * rows.lse[r]
+            own.steepness[r] = 2.0 * batch.z_loss * rows.lse[r]
             rows.scale[r] += own.steepness[r]
-        loss *= sample_weight
+    if batch.sample_weight != NULL:
+        for r in range(start, end):
+            own.loss[r] *= batch.sample_weight[first + r]
+            own.factor[r] *= batch.sample_weight[first + r]
+    for r in range(start, end):
+        own.factor[r] *= batch.transform.scale
+    if batch.scales != NULL:
+        for r in range(start, end):
+            own.factor[r] *= batch.scales[first + r]
+    for r in range(start, end):
+        rows.lse[r] = NAN if own.argmax[r] < 0 else rows.lse[r]
+        rows.scale[r] = 0.0 if own.argmax[r] < 0 else rows.scale[r]
+        own.loss[r] = 0.0 if own.argmax[r] < 0 else own.loss[r]
     if batch.losses != NULL:
-        batch.losses[row] = loss
+        memcpy(batch.losses + first + start, own.loss + start, (end - start) * sizeof(double))
     if batch.lse != NULL:
-        batch.lse[row] = own.infinite[r] if batch.kind != GRADIENT and fabs(own.maximum[r]) == INFINITY else lse
+        memcpy(batch.lse + first + start, rows.lse + start, (end - start) * sizeof(double))
+        if batch.kind != GRADIENT:
+            for r in range(start, end):
+                if fabs(own.maximum[r]) == INFINITY:
+                    batch.lse[first + r] = own.infinite[r]
     if batch.predicted != NULL:
-        is_whole = is_whole and own.argmax[r] >= 0
-        batch.predicted[row] = own.argmax[r] if is_whole else -1
-        batch.correct[row] = is_whole and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
-        batch.probability[row] = own.hit[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
-        batch.entropy[row] = rows.loss[r] + own.spread[r] * rows.inverse[r] if own.argmax[r] >= 0 else NAN
+        put_statistics(batch, own, first, start, end)
+
+
+cdef inline void put_statistics(
+    const Batch* batch, const Own* own, Py_ssize_t first, Py_ssize_t start, Py_ssize_t end
+) noexcept nogil:
+    cdef const Scratch* rows = &own.rows
+    cdef Py_ssize_t r
+    for r in range(start, end):
+        batch.predicted[first + r] = own.argmax[r] if rows.loss[r] == rows.loss[r] else -1
+    for r in range(start, end):
+        batch.correct[first + r] = (
+            batch.predicted[first + r] >= 0 and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
+        )
+    for r in range(start, end):
+        batch.probability[first + r] = NAN if own.argmax[r] < 0 else own.hit[r] * rows.inverse[r]
+        batch.entropy[first + r] = NAN if own.argmax[r] < 0 else rows.loss[r] + own.spread[r] * rows.inverse[r]
 
 
 # ---- mass, gradient, Hessian of a piece of a row ---------------------------------------------------------------------
@@ -327,7 +357,7 @@ cdef inline void write_hessian(
 ) noexcept nogil:
     cdef Scratch* rows = &own.rows
     cdef double factor = own.factor[r] * batch.transform.scale
-    cdef double curve = rows.scale[r] * factor, square = 2.0 * batch.z_loss * factor, p, miss
+    cdef double curve = rows.scale[r] * factor, square = 2.0 * batch.z_loss * factor, p
     cdef floating inverse = <floating>rows.inverse[r]
     cdef floating curved = <floating>curve, squared = <floating>square, probability
     cdef Py_ssize_t i
@@ -341,8 +371,7 @@ cdef inline void write_hessian(
             hess[i] = <floating>(p * (curve * (1.0 - p) + square * p))
     if 0 <= top < n:
         p = rows.at_target[r] * rows.inverse[r]
-        miss = miss_of(rows.others[r], rows.at_target[r])
-        hess[top] = <floating>(p * (curve * miss + square * p))
+        hess[top] = <floating>(p * (curve * rows.miss[r] + square * p))
 
 
 # The log-softmax of a row with this largest logit, whose own is -`least`.

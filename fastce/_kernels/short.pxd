@@ -4,13 +4,20 @@ from libc.math cimport INFINITY, fabs
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.block cimport BLOCK_ELEMENTS, SMALL_LANES, Scratch, finish_rows
+from fastce._kernels.block cimport (
+    BLOCK_ELEMENTS,
+    BLOCK_ROWS,
+    SMALL_LANES,
+    Scratch,
+    finish_rows,
+    largest_factor,
+    smallest_factor,
+)
 from fastce._kernels.general cimport (
     LOG_SOFTMAX,
     Batch,
     Own,
     behind,
-    clear_row,
     combine,
     correct_piece,
     entry,
@@ -18,24 +25,31 @@ from fastce._kernels.general cimport (
     has_base_alone,
     has_dense_mass,
     is_distribution_alone,
-    is_plain_row,
     is_skipped,
     mask_of,
     multiply,
+    pull_at_maximum,
     push_of,
     settle_maximum,
-    settle_row,
+    settle_rows,
+    shares_by_row,
     stage_mass,
     sum_far_below,
     write_hessian,
     write_log_softmax,
 )
 from fastce._kernels.lanes cimport SUM_BLOCK, exp_limit, larger_of
-from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, shift_vectors, sum_by_one_shift, sum_lanes
+from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, shift_vectors, sum_by_one_shift
 from fastce._kernels.staged cimport hide, is_identity, padded, stage_logits
 from fastce._kernels.vexp cimport floating
 
 cdef extern from "target.h" nogil:
+    void sum_mass_float "fastce_sum_mass_float" (
+        const float* a, const float* x, Py_ssize_t n, Py_ssize_t t, float top, double* masses, double* products
+    )
+    void sum_mass_double "fastce_sum_mass_double" (
+        const double* a, const double* x, Py_ssize_t n, Py_ssize_t t, double top, double* masses, double* products
+    )
     float largest_float "fastce_largest_float" (const float* row, Py_ssize_t n, Py_ssize_t* place)
     double largest_double "fastce_largest_double" (const double* row, Py_ssize_t n, Py_ssize_t* place)
     void sum_products_float "fastce_sum_products_float" (
@@ -84,16 +98,23 @@ cdef inline void take_short_rows(
     if has_dense_mass(batch):
         mass = gather_mass(batch, own, terms + BUFFER, first, n, like)
         sum_mass(batch, own, &mass, &z, terms, n)
-    for r in range(n):
-        if own.argmax[r] >= 0:
-            add_entries(batch, own, &z, terms, first + r, r)
+    if batch.n_entries > 0:
+        for r in range(n):
+            if own.argmax[r] >= 0:
+                add_entries(batch, own, &z, terms, first + r, r)
     if batch.entropy != NULL:
         sum_spread(batch, own, &z, terms, n)
     finish_rows(rows, n)
-    for r in range(n):
-        settle_row(batch, own, first, r)
-    if batch.out != NULL or batch.hess != NULL:
-        write_short_rows(batch, own, &z, &mass, terms, chain, first, n)
+    settle_rows(batch, own, first, 0, n)
+    if batch.kind == LOG_SOFTMAX:
+        if batch.out != NULL:
+            write_short_log_softmax(batch, own, &z, first, n, like)
+        return
+    if batch.hess != NULL:
+        write_short_hessians(batch, own, terms, first, n)
+    if batch.out != NULL:
+        write_short_gradients(batch, own, &mass, terms, first, n)
+        finish_gradients(batch, own, chain, first, n)
 
 
 # ---- the block's logits and mass -------------------------------------------------------------------------------------
@@ -175,7 +196,7 @@ cdef inline void find_largest(
 ) noexcept nogil:
     cdef floating[SHORT_CLASSES] last
     cdef const floating* row
-    cdef Py_ssize_t r, place
+    cdef Py_ssize_t r, place, n_infinite = 0
     for r in range(n):
         own.maximum[r] = 0.0
         if own.argmax[r] < 0:
@@ -186,7 +207,11 @@ cdef inline void find_largest(
         else:
             own.maximum[r] = largest_double(row, batch.n_classes, &place)
         own.argmax[r] = place
-        settle_maximum(batch, own, first + r, r, row)
+    for r in range(n):
+        n_infinite += 1 if fabs(own.maximum[r]) == INFINITY else 0
+    if n_infinite or shares_by_row(batch):
+        for r in range(n):
+            settle_maximum(batch, own, first + r, r, <const floating*>z.rows + r * z.stride)
 
 
 # The sums of the dense mass: elsewhere than at the largest logit, so that a row of one mass stays exact, and by the
@@ -195,28 +220,46 @@ cdef inline void sum_mass(
     const Batch* batch, Own* own, const Side* mass, const Side* z, const floating* terms, Py_ssize_t n
 ) noexcept nogil:
     cdef floating[SHORT_CLASSES] last
-    cdef Py_ssize_t n_classes = batch.n_classes, r, c, top
+    cdef floating[SHORT_CLASSES] last_mass
+    cdef Py_ssize_t n_classes = batch.n_classes, r, n_far = 0
     cdef const floating* a
     cdef const floating* row
+    cdef double* lanes = own.rows.partial
     for r in range(n):
         if own.argmax[r] >= 0:
-            a = whole_row(mass, r, n_classes, last)
+            a = whole_row(mass, r, n_classes, last_mass)
+            row = whole_row(z, r, n_classes, last)
             own.mass_at_maximum[r] = a[own.argmax[r]]
-            sum_lanes(a, n_classes, own.argmax[r], own.rows.partial + r * SMALL_LANES)
-    fold_lanes(own, own.mass, n)
-    sum_products(batch, own, mass, z, own.linear, n, terms)
+            if floating is float:
+                sum_mass_float(a, row, n_classes, own.argmax[r], <float>own.maximum[r], lanes, own.lanes + r * SMALL_LANES)
+            else:
+                sum_mass_double(a, row, n_classes, own.argmax[r], own.maximum[r], lanes, own.lanes + r * SMALL_LANES)
+        lanes += SMALL_LANES
+    fold_lanes(own, own.rows.partial, own.mass, n)
+    fold_lanes(own, own.lanes, own.linear, n)
     for r in range(n):
-        a = <const floating*>mass.rows + r * mass.stride
-        row = <const floating*>z.rows + r * z.stride
-        top = own.argmax[r]
-        if top < 0:
-            continue
-        if fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY:
-            own.linear[r] = sum_far_below(a, row, own.maximum[r], n_classes)
-        if batch.probability != NULL:
-            for c in range(n_classes):
-                own.hit[r] += a[c] * (own.rows.at_target[r] if c == top else <double>terms[r * n_classes + c])
-                own.largest_mass[r] = larger_of(own.largest_mass[r], a[c])
+        n_far += 1 if fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY else 0
+    if n_far:
+        for r in range(n):
+            if own.argmax[r] >= 0 and (fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY):
+                own.linear[r] = sum_far_below(
+                    <const floating*>mass.rows + r * mass.stride, <const floating*>z.rows + r * z.stride,
+                    own.maximum[r], n_classes,
+                )
+    if batch.probability != NULL:
+        for r in range(n):
+            if own.argmax[r] >= 0:
+                sum_hit(own, r, <const floating*>mass.rows + r * mass.stride, terms + r * n_classes, n_classes)
+
+
+# The exponentials by the row's dense mass a.
+cdef inline void sum_hit(
+    Own* own, Py_ssize_t r, const floating* a, const floating* terms, Py_ssize_t n_classes
+) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(n_classes):
+        own.hit[r] += a[c] * (own.rows.at_target[r] if c == own.argmax[r] else <double>terms[c])
+        own.largest_mass[r] = larger_of(own.largest_mass[r], a[c])
 
 
 # sums[r] = sum of a_c (z_m - z_c).
@@ -237,12 +280,11 @@ cdef inline void sum_products(
                 sum_products_float(a, row, batch.n_classes, <float>own.maximum[r], lanes + r * SMALL_LANES)
             else:
                 sum_products_double(a, row, batch.n_classes, own.maximum[r], lanes + r * SMALL_LANES)
-    fold_lanes(own, sums, n)
+    fold_lanes(own, lanes, sums, n)
 
 
 # The lanes of many rows at once; rows that are not looked at have 0.
-cdef inline void fold_lanes(const Own* own, double* sums, Py_ssize_t n) noexcept nogil:
-    cdef const double* p = own.rows.partial
+cdef inline void fold_lanes(const Own* own, const double* p, double* sums, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r, i
     for r in range(n):
         i = r * SMALL_LANES
@@ -288,70 +330,104 @@ cdef inline void add_entries(
 
 # A row is written in whole vectors that run over into the next one, which is written after it; the last rows, where
 # that would leave the block, and rows whose factors are not normal numbers are written exactly.
-cdef inline void write_short_rows(
-    const Batch* batch, Own* own, const Side* z, const Side* mass, const floating* terms, const floating* chain,
-    Py_ssize_t first, Py_ssize_t n,
+cdef inline void write_short_gradients(
+    const Batch* batch, Own* own, const Side* mass, const floating* terms, Py_ssize_t first, Py_ssize_t n
 ) noexcept nogil:
-    cdef Py_ssize_t n_classes = batch.n_classes, r, n_over = 0
-    cdef const floating* row_terms
-    cdef const floating* row_mass = NULL
+    cdef Scratch* rows = &own.rows
+    cdef Py_ssize_t n_classes = batch.n_classes, r, n_special = 0, n_padded = padded(n_classes)
+    cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
+    cdef floating* push = <floating*>rows.partial
+    cdef floating* pull = push + BLOCK_ROWS
+    cdef floating* at_maximum = pull + BLOCK_ROWS
+    cdef bint dense = has_dense_mass(batch)
+    cdef const floating* row_mass = <const floating*>mass.rows if dense else NULL
+    cdef double magnitude
     cdef floating* out
-    cdef floating* hess
-    if batch.out != NULL and batch.out_stride == n_classes * <Py_ssize_t>sizeof(floating):
-        n_over = rows_before_end(n_classes, n)
+    for r in range(n):
+        push[r] = <floating>push_of(own, r)
+        pull[r] = <floating>(-own.factor[r])
+        at_maximum[r] = <floating>pull_at_maximum(own, r)
+        magnitude = 1.0 if rows.scale[r] * own.factor[r] == 0.0 else fabs(push_of(own, r))
+        n_special += 1 if magnitude < smallest_factor(terms) else 0
+        n_special += 1 if magnitude > largest_factor(terms) else 0
+    if dense:
+        for r in range(n):
+            magnitude = 1.0 if own.factor[r] == 0.0 else fabs(own.factor[r])
+            n_special += 1 if magnitude < smallest_factor(terms) else 0
+            n_special += 1 if magnitude > largest_factor(terms) else 0
+    if n_special or batch.out_stride != n_classes * <Py_ssize_t>sizeof(floating):
+        n_over = 0
     for r in range(n):
         out = <floating*>(batch.out + (first + r) * batch.out_stride)
-        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
-        row_terms = terms + r * n_classes
-        if has_dense_mass(batch):
-            row_mass = <const floating*>mass.rows + r * mass.stride
         if own.argmax[r] < 0:
-            clear_row(batch, first + r, terms)
-            continue
-        if batch.hess != NULL:
-            write_hessian(batch, own, r, row_terms, hess, n_classes, own.argmax[r])
-            if mask_of(batch, first + r) != NULL:
-                hide(mask_of(batch, first + r), hess, n_classes)
-        if batch.out == NULL:
-            continue
-        if batch.kind == LOG_SOFTMAX:
-            write_short_log_softmax(own, r, <const floating*>z.rows + r * z.stride, out, n_classes, r < n_over)
-            continue
-        if r < n_over and is_plain_row(own, r, out, row_mass != NULL):
-            write_vectors(own, r, row_terms, row_mass, out, n_classes)
+            memset(out, 0, n_classes * sizeof(floating))
         else:
-            combine(own, r, out, row_terms, row_mass, n_classes)
-        correct_piece(batch, own, first + r, r, 0, out, n_classes)
+            if r >= n_over:
+                combine(own, r, out, terms, row_mass, n_classes)
+            elif not dense:
+                shift_vectors(out, terms, n_padded, push[r], <floating>-0.0)    # which changes no bit of a product
+            elif floating is float:
+                weigh_float(out, terms, row_mass, n_padded, push[r], pull[r])
+            else:
+                weigh_double(out, terms, row_mass, n_padded, push[r], pull[r])
+            out[own.argmax[r]] = at_maximum[r]
+        terms += n_classes
+        if dense:
+            row_mass += mass.stride
+
+
+# What options still do to the gradients: entries, a cap, a mask.
+cdef inline void finish_gradients(
+    const Batch* batch, const Own* own, const floating* chain, Py_ssize_t first, Py_ssize_t n
+) noexcept nogil:
+    cdef floating* out
+    cdef Py_ssize_t r
+    if batch.n_entries == 0 and batch.transform.cap == 0.0 and batch.transform.mask == NULL:
+        return
+    for r in range(n):
+        if own.argmax[r] < 0:
+            continue
+        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        correct_piece(batch, own, first + r, r, 0, out, batch.n_classes)
         if batch.transform.cap != 0.0:
-            multiply(out, chain + r * n_classes, n_classes)
+            multiply(out, chain + r * batch.n_classes, batch.n_classes)
         if mask_of(batch, first + r) != NULL:
-            hide(mask_of(batch, first + r), out, n_classes)
+            hide(mask_of(batch, first + r), out, batch.n_classes)
 
 
-# combine's plain case, in whole vectors; -0.0 changes no bit of a product.
-cdef inline void write_vectors(
-    const Own* own, Py_ssize_t r, const floating* terms, const floating* mass, floating* out, Py_ssize_t n_classes
+cdef inline void write_short_hessians(
+    const Batch* batch, Own* own, const floating* terms, Py_ssize_t first, Py_ssize_t n
 ) noexcept nogil:
-    cdef floating push = <floating>push_of(own, r)
-    cdef floating pull = <floating>(-own.factor[r])
-    cdef Py_ssize_t n = padded(n_classes)
-    if mass == NULL:
-        shift_vectors(out, terms, n, push, <floating>-0.0)
-    elif floating is float:
-        weigh_float(out, terms, mass, n, push, pull)
-    else:
-        weigh_double(out, terms, mass, n, push, pull)
+    cdef Py_ssize_t n_classes = batch.n_classes, r
+    cdef floating* hess
+    for r in range(n):
+        hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
+        if own.argmax[r] < 0:
+            memset(hess, 0, n_classes * sizeof(floating))
+            continue
+        write_hessian(batch, own, r, terms + r * n_classes, hess, n_classes, own.argmax[r])
+        if mask_of(batch, first + r) != NULL:
+            hide(mask_of(batch, first + r), hess, n_classes)
 
 
+# In whole vectors, as gradients are.
 cdef inline void write_short_log_softmax(
-    const Own* own, Py_ssize_t r, const floating* z, floating* out, Py_ssize_t n_classes, bint in_vectors
+    const Batch* batch, const Own* own, const Side* side, Py_ssize_t first, Py_ssize_t n, const floating* like
 ) noexcept nogil:
-    cdef floating maximum = <floating>own.maximum[r]
-    cdef floating least = <floating>own.rows.loss[r]
-    cdef Py_ssize_t n = padded(n_classes)
-    if not in_vectors:
-        write_log_softmax(out, z, n_classes, maximum, least)
-    elif floating is float:
-        lower_float(out, z, n, maximum, least)
-    else:
-        lower_double(out, z, n, maximum, least)
+    cdef Py_ssize_t n_classes = batch.n_classes, r, n_over = 0
+    cdef const floating* z
+    cdef floating* out
+    cdef floating maximum, least
+    if batch.out_stride == n_classes * <Py_ssize_t>sizeof(floating):
+        n_over = rows_before_end(n_classes, n)
+    for r in range(n):
+        z = <const floating*>side.rows + r * side.stride
+        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        maximum = <floating>own.maximum[r]
+        least = <floating>own.rows.loss[r]
+        if r >= n_over:
+            write_log_softmax(out, z, n_classes, maximum, least)
+        elif floating is float:
+            lower_float(out, z, padded(n_classes), maximum, least)
+        else:
+            lower_double(out, z, padded(n_classes), maximum, least)

@@ -54,7 +54,7 @@ from fastce._kernels.general cimport (
     multiply,
     push_of,
     settle_maximum,
-    settle_row,
+    settle_rows,
     stage_mass,
     sum_far,
     sum_far_below,
@@ -485,7 +485,7 @@ cdef inline void take_block(
             own.maximum[r] = 0.0
             put_row(&own.rows, r, 0.0, 1.0, 0.0, 0.0, 0.0)
             finish_row(&own.rows, r)
-            settle_row(batch, own, first, r)
+            settle_rows(batch, own, first, r, r + 1)
             clear_row(batch, first + r, like)
         else:
             n_live += 1
@@ -499,7 +499,7 @@ cdef inline void take_block(
         if before >= 0:
             correct_row(batch, own, first, before, like)
         finish_row(&own.rows, r)
-        settle_row(batch, own, first, r)
+        settle_rows(batch, own, first, r, r + 1)
         before = -1
         if may_leave(batch, own, pieces, r, like):
             begin_leaving(batch, own, pieces, first, r, &leaving, like)

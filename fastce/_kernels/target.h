@@ -103,10 +103,11 @@ static inline int fastce_openmp_limit(void)
 #endif
 }
 
-/* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
-   row is read up to the next multiple of 16 and what lies beyond n is left out. Vector types of the target's width, not
-   a loop over an array: gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15
-   cycles. */
+/* Sums of short rows by vector types of the target's width, not by loops over arrays: gcc takes an array of 8 apart into
+   pieces and reloads it whole, which stalls each row by 15 cycles; of wider vectors it takes comparisons apart. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__AVX512F__)
 #define FASTCE_BYTES 64
 #elif defined(__AVX__)
@@ -119,13 +120,38 @@ typedef double fastce_double_lanes __attribute__((vector_size(FASTCE_BYTES)));
 typedef int64_t fastce_double_index __attribute__((vector_size(FASTCE_BYTES)));
 typedef float fastce_float_lanes __attribute__((vector_size(FASTCE_BYTES)));
 typedef int32_t fastce_float_index __attribute__((vector_size(FASTCE_BYTES)));
-typedef float fastce_half_lanes __attribute__((vector_size(FASTCE_BYTES / 2)));
+/* Half of a vector of float32 in float64. Left to __builtin_convertvector gcc 12 takes two conversions and three moves
+   for each: a third of the time of a row of 10 classes. */
+static inline fastce_double_lanes fastce_low_half(fastce_float_lanes x)
+{
+#if defined(__AVX512F__)
+    return (fastce_double_lanes)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+#elif defined(__AVX__)
+    return (fastce_double_lanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+#elif defined(__x86_64__)
+    return (fastce_double_lanes)_mm_cvtps_pd((__m128)x);
+#else
+    return (fastce_double_lanes){x[0], x[1]};
+#endif
+}
+
+static inline fastce_double_lanes fastce_high_half(fastce_float_lanes x)
+{
+#if defined(__AVX512F__)
+    return (fastce_double_lanes)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+#elif defined(__AVX__)
+    return (fastce_double_lanes)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#elif defined(__x86_64__)
+    return (fastce_double_lanes)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#else
+    return (fastce_double_lanes){x[2], x[3]};
+#endif
+}
 
 static inline void fastce_add_float(fastce_float_lanes terms, fastce_double_lanes *sum, int part)
 {
-    union { fastce_float_lanes whole; fastce_half_lanes half[2]; } split = {terms};
-    sum[2 * part % (8 / FASTCE_LANES)] += __builtin_convertvector(split.half[0], fastce_double_lanes);
-    sum[(2 * part + 1) % (8 / FASTCE_LANES)] += __builtin_convertvector(split.half[1], fastce_double_lanes);
+    sum[2 * part % (8 / FASTCE_LANES)] += fastce_low_half(terms);
+    sum[(2 * part + 1) % (8 / FASTCE_LANES)] += fastce_high_half(terms);
 }
 
 static inline void fastce_add_double(fastce_double_lanes terms, fastce_double_lanes *sum, int part)
@@ -149,20 +175,37 @@ static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
 #endif
 }
 
+/* Vectors of the target's width: how many make 16 elements, the numbers of their lanes, and one of them from memory. */
+#define FASTCE_LANES_OF(type)                                                                                         \
+    enum { fastce_##type##_step = FASTCE_BYTES / sizeof(type), fastce_##type##_parts = 16 / fastce_##type##_step };   \
+    static inline fastce_##type##_index fastce_index_##type(void)                                                     \
+    {                                                                                                                 \
+        fastce_##type##_index index;                                                                                  \
+        for (int l = 0; l < fastce_##type##_step; l++)                                                                \
+            index[l] = l;                                                                                             \
+        return index;                                                                                                 \
+    }                                                                                                                 \
+    static inline fastce_##type##_lanes fastce_load_##type(const type *place)                                         \
+    {                                                                                                                 \
+        fastce_##type##_lanes x;                                                                                      \
+        memcpy(&x, place, sizeof x);                                                                                  \
+        return x;                                                                                                     \
+    }
+FASTCE_LANES_OF(float)
+FASTCE_LANES_OF(double)
+
+/* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
+   row is read up to the next multiple of 16 and what lies beyond n is left out. */
 #define FASTCE_SUM_LANES(type, integer)                                                                               \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
-        enum { step = FASTCE_BYTES / sizeof(type) };                                                                  \
         fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
-        fastce_##type##_index index;                                                                                  \
-        for (int l = 0; l < step; l++)                                                                                \
-            index[l] = l;                                                                                             \
+        fastce_##type##_index index = fastce_index_##type();                                                          \
         for (ptrdiff_t i = 0; i < n; i += 16)                                                                         \
-            for (int part = 0; part < 16 / step; part++) {                                                            \
-                ptrdiff_t start = i + part * step;                                                                    \
-                fastce_##type##_lanes terms;                                                                          \
+            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
+                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
+                fastce_##type##_lanes terms = fastce_load_##type(row + start);                                        \
                 fastce_##type##_index taken = (index != (integer)(t - start)) & (index < (integer)(n - start));       \
-                memcpy(&terms, row + start, sizeof terms);                                                            \
                 terms = (fastce_##type##_lanes)((fastce_##type##_index)terms & taken);                                \
                 fastce_add_##type(terms, sum, part);                                                                  \
             }                                                                                                         \
@@ -171,104 +214,91 @@ static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
 FASTCE_SUM_LANES(float, int32_t)
 FASTCE_SUM_LANES(double, int64_t)
 
-/* The sum of top - x over a row, 16 elements at a time of which two meet in the dtype, then in 8 float64 lanes that are
-   folded to 4; the row is read up to the next multiple of 16. */
-#define FASTCE_SUM_BELOW(type, integer)                                                                               \
-    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, type top, double *folded)                \
+/* Elements l and l + 8 of 16 meet in the dtype, then in 8 float64 lanes. */
+static inline void fastce_add_pairs_float(const fastce_float_lanes *numbers, fastce_double_lanes *sum)
+{
+#if FASTCE_LANES == 8
+    __m512 all = (__m512)numbers[0];
+    sum[0] += (fastce_double_lanes)_mm512_cvtps_pd(
+        _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1)));
+#else
+    enum { half = 4 / FASTCE_LANES };
+    for (int part = 0; part < half; part++)
+        fastce_add_float(numbers[part] + numbers[part + half], sum, part);
+#endif
+}
+
+static inline void fastce_add_pairs_double(const fastce_double_lanes *numbers, fastce_double_lanes *sum)
+{
+    for (int part = 0; part < 8 / FASTCE_LANES; part++)
+        sum[part] += numbers[part] + numbers[part + 8 / FASTCE_LANES];
+}
+
+/* Three sums over a row, in pairs and folded to 4 lanes; rows are read up to the next multiple of 16 and what lies beyond
+   n is left out. below: of top - x. products: of a * (top - x), where a = 0 beats an infinite difference. mass: the same,
+   and of a, element by element; a's element t is left out of both, where x is `top`. */
+#define FASTCE_SUM_PAIRS(type, integer)                                                                               \
+    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, type top, double *lanes)                 \
     {                                                                                                                 \
-        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
-        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
-        typedef double double_octet __attribute__((vector_size(64)));                                                 \
-        typedef double double_quad __attribute__((vector_size(32)));                                                  \
-        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
-        union { double_octet whole; double_quad half[2]; } sum = {{0}};                                               \
-        octet x, y;                                                                                                   \
+        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
+        fastce_##type##_lanes x[fastce_##type##_parts];                                                               \
         ptrdiff_t i = 0;                                                                                              \
         for (; i + 16 <= n; i += 16) {                                                                                \
-            memcpy(&x, row + i, sizeof x);                                                                            \
-            memcpy(&y, row + i + 8, sizeof y);                                                                        \
-            sum.whole += __builtin_convertvector((top - x) + (top - y), double_octet);                                \
+            for (int part = 0; part < fastce_##type##_parts; part++)                                                  \
+                x[part] = top - fastce_load_##type(row + i + part * fastce_##type##_step);                            \
+            fastce_add_pairs_##type(x, sum);                                                                          \
         }                                                                                                             \
         if (i < n) {                                                                                                  \
-            memcpy(&x, row + i, sizeof x);                                                                            \
-            memcpy(&y, row + i + 8, sizeof y);                                                                        \
-            x = (octet)((octet_index)(top - x) & (index < (integer)(n - i)));                                         \
-            y = (octet)((octet_index)(top - y) & (index < (integer)(n - i - 8)));                                     \
-            sum.whole += __builtin_convertvector(x + y, double_octet);                                                \
-        }                                                                                                             \
-        sum.half[0] += sum.half[1];                                                                                   \
-        memcpy(folded, &sum.half[0], 32);                                                                             \
-    }
-FASTCE_SUM_BELOW(float, int32_t)
-FASTCE_SUM_BELOW(double, int64_t)
-
-/* The sum of a * (top - x) over a row in the same way, where a = 0 beats an infinite difference. */
-#define FASTCE_SUM_PRODUCTS(type, integer)                                                                            \
-    static inline void fastce_sum_products_##type(const type *a, const type *x, ptrdiff_t n, type top, double *folded) \
-    {                                                                                                                 \
-        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
-        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
-        typedef double double_octet __attribute__((vector_size(64)));                                                 \
-        typedef double double_quad __attribute__((vector_size(32)));                                                  \
-        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
-        union { double_octet whole; double_quad half[2]; } sum = {{0}};                                               \
-        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
-            octet product[2];                                                                                         \
-            for (int part = 0; part < 2; part++) {                                                                    \
-                ptrdiff_t start = i + 8 * part;                                                                       \
-                octet factor, z;                                                                                      \
-                memcpy(&factor, a + start, sizeof factor);                                                            \
-                memcpy(&z, x + start, sizeof z);                                                                      \
-                octet_index taken = (factor != 0) & (index < (integer)(n - start));                                   \
-                product[part] = (octet)((octet_index)(factor * (top - z)) & taken);                                   \
+            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
+                fastce_##type##_index taken =                                                                         \
+                    fastce_index_##type() < (integer)(n - i - part * fastce_##type##_step);                           \
+                x[part] = top - fastce_load_##type(row + i + part * fastce_##type##_step);                            \
+                x[part] = (fastce_##type##_lanes)((fastce_##type##_index)x[part] & taken);                            \
             }                                                                                                         \
-            sum.whole += __builtin_convertvector(product[0] + product[1], double_octet);                              \
+            fastce_add_pairs_##type(x, sum);                                                                          \
         }                                                                                                             \
-        sum.half[0] += sum.half[1];                                                                                   \
-        memcpy(folded, &sum.half[0], 32);                                                                             \
-    }
-FASTCE_SUM_PRODUCTS(float, int32_t)
-FASTCE_SUM_PRODUCTS(double, int64_t)
-
-/* The largest element of a row, and where it is first, 8 lanes at a time; the row is read up to the next multiple of 8.
-   A nan is passed over. */
-#define FASTCE_LARGER(better, numbers, other, places, other_places, index_type)                                       \
-    numbers = (__typeof__(numbers))(((index_type)other & better) | ((index_type)numbers & ~better));                  \
-    places = (other_places & better) | (places & ~better);
-/* Its lanes against those in another order; written out, for gcc and clang name a shuffle differently. */
-#define FASTCE_LARGER_OF(a, b, c, d)                                                                                  \
-    x.half[0] = (quad){top.half[0][a], top.half[0][b], top.half[0][c], top.half[0][d]};                               \
-    here.half[0] = (quad_index){at.half[0][a], at.half[0][b], at.half[0][c], at.half[0][d]};                          \
-    better = (x.half[0] > top.half[0]) | ((x.half[0] == top.half[0]) & (here.half[0] < at.half[0]));                  \
-    FASTCE_LARGER(better, top.half[0], x.half[0], at.half[0], here.half[0], quad_index)
-#define FASTCE_LARGEST(type, integer)                                                                                 \
-    static inline type fastce_largest_##type(const type *row, ptrdiff_t n, ptrdiff_t *place)                          \
+        fastce_fold(sum, lanes);                                                                                      \
+    }                                                                                                                 \
+    static inline void fastce_sum_products_##type(const type *a, const type *x, ptrdiff_t n, type top, double *lanes) \
     {                                                                                                                 \
-        typedef type octet __attribute__((vector_size(8 * sizeof(type))));                                            \
-        typedef integer octet_index __attribute__((vector_size(8 * sizeof(type))));                                   \
-        typedef type quad __attribute__((vector_size(4 * sizeof(type))));                                             \
-        typedef integer quad_index __attribute__((vector_size(4 * sizeof(type))));                                    \
-        const octet_index index = {0, 1, 2, 3, 4, 5, 6, 7};                                                           \
-        union { octet whole; quad half[2]; } top, x;                                                                  \
-        union { octet_index whole; quad_index half[2]; } at = {index}, here;                                          \
-        octet_index more;                                                                                             \
-        quad_index better;                                                                                            \
-        top.whole = (octet){0} - (type)INFINITY;                                                                      \
-        for (ptrdiff_t i = 0; i < n; i += 8) {                                                                        \
-            memcpy(&x.whole, row + i, sizeof x.whole);                                                                \
-            here.whole = index + (integer)i;                                                                          \
-            more = (x.whole > top.whole) & (here.whole < (integer)n);                                                 \
-            FASTCE_LARGER(more, top.whole, x.whole, at.whole, here.whole, octet_index)                                \
+        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
+        fastce_##type##_lanes product[fastce_##type##_parts];                                                         \
+        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
+            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
+                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
+                fastce_##type##_lanes factor = fastce_load_##type(a + start);                                         \
+                fastce_##type##_index taken = (factor != 0) & (fastce_index_##type() < (integer)(n - start));         \
+                factor *= top - fastce_load_##type(x + start);                                                        \
+                product[part] = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                       \
+            }                                                                                                         \
+            fastce_add_pairs_##type(product, sum);                                                                    \
         }                                                                                                             \
-        better = (top.half[1] > top.half[0]) | ((top.half[1] == top.half[0]) & (at.half[1] < at.half[0]));            \
-        FASTCE_LARGER(better, top.half[0], top.half[1], at.half[0], at.half[1], quad_index)                           \
-        FASTCE_LARGER_OF(2, 3, 0, 1)                                                                                  \
-        FASTCE_LARGER_OF(1, 0, 3, 2)                                                                                  \
-        *place = at.half[0][0];                                                                                       \
-        return top.half[0][0];                                                                                        \
+        fastce_fold(sum, lanes);                                                                                      \
+    }                                                                                                                 \
+    static inline void fastce_sum_mass_##type(                                                                        \
+        const type *a, const type *x, ptrdiff_t n, ptrdiff_t t, type top, double *masses, double *products)           \
+    {                                                                                                                 \
+        fastce_double_lanes mass[8 / FASTCE_LANES] = {{0}}, sum[8 / FASTCE_LANES] = {{0}};                            \
+        fastce_##type##_lanes product[fastce_##type##_parts];                                                         \
+        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
+            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
+                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
+                fastce_##type##_index index = fastce_index_##type();                                                  \
+                fastce_##type##_index taken = (index != (integer)(t - start)) & (index < (integer)(n - start));       \
+                fastce_##type##_lanes factor = fastce_load_##type(a + start);                                         \
+                factor = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                              \
+                fastce_add_##type(factor, mass, part);                                                                \
+                taken = factor != 0;                                                                                  \
+                factor *= top - fastce_load_##type(x + start);                                                        \
+                product[part] = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                       \
+            }                                                                                                         \
+            fastce_add_pairs_##type(product, sum);                                                                    \
+        }                                                                                                             \
+        fastce_fold(mass, masses);                                                                                    \
+        fastce_fold(sum, products);                                                                                   \
     }
-FASTCE_LARGEST(float, int32_t)
-FASTCE_LARGEST(double, int64_t)
+FASTCE_SUM_PAIRS(float, int32_t)
+FASTCE_SUM_PAIRS(double, int64_t)
 
 /* Where the one element above `least` is that is not element t, or n; the row is read up to the next multiple of 8. */
 #define FASTCE_ABOVE(type, integer)                                                                                   \
@@ -297,7 +327,6 @@ FASTCE_ABOVE(double, int64_t)
    10 classes, twice as much where the pieces are then read as one vector. On x86-64 no plain loop says "past the caches"
    either. Elsewhere a vector is one number. */
 #if defined(__x86_64__)
-#include <immintrin.h>
 #if defined(__AVX512F__)
 #define FASTCE_OP(operation, suffix) _mm512_##operation##_##suffix
 #elif defined(__AVX2__)
@@ -317,6 +346,45 @@ FASTCE_ABOVE(double, int64_t)
 #else
 #define FASTCE_MULTIPLY_ADD(a, b, c, suffix) FASTCE_OP(add, suffix)(FASTCE_OP(mul, suffix)(a, b), c)
 #endif
+/* Of two numbers the second, if one is nan. */
+#define FASTCE_LARGER(a, b, suffix) FASTCE_OP(max, suffix)(a, b)
+#define FASTCE_SMALLER(a, b, suffix) FASTCE_OP(min, suffix)(a, b)
+#define FASTCE_LARGEST_LANE(x, suffix) fastce_largest_lane_##suffix(x)
+/* Bit l: whether lanes l are equal. */
+#if defined(__AVX512F__)
+#define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(cmp, suffix##_mask)(a, b, _CMP_EQ_OQ)
+#elif defined(__AVX2__)
+#define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(movemask, suffix)(FASTCE_OP(cmp, suffix)(a, b, _CMP_EQ_OQ))
+#else
+#define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(movemask, suffix)(FASTCE_OP(cmpeq, suffix)(a, b))
+#endif
+#if defined(__AVX512F__)
+static inline float fastce_largest_lane_ps(__m512 x) { return _mm512_reduce_max_ps(x); }
+static inline double fastce_largest_lane_pd(__m512d x) { return _mm512_reduce_max_pd(x); }
+#else
+static inline float fastce_largest_of_quad(__m128 x)
+{
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+static inline double fastce_largest_of_pair(__m128d x)
+{
+    return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+#if defined(__AVX2__)
+static inline float fastce_largest_lane_ps(__m256 x)
+{
+    return fastce_largest_of_quad(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+static inline double fastce_largest_lane_pd(__m256d x)
+{
+    return fastce_largest_of_pair(_mm_max_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1)));
+}
+#else
+static inline float fastce_largest_lane_ps(__m128 x) { return fastce_largest_of_quad(x); }
+static inline double fastce_largest_lane_pd(__m128d x) { return fastce_largest_of_pair(x); }
+#endif
+#endif
 static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #else
 #define FASTCE_STEP(type) 1
@@ -326,6 +394,10 @@ static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #define FASTCE_ALL(x, suffix) (x)
 #define FASTCE_MULTIPLY(a, b, suffix) ((a) * (b))
 #define FASTCE_SUBTRACT(a, b, suffix) ((a) - (b))
+#define FASTCE_LARGER(a, b, suffix) ((a) > (b) ? (a) : (b))
+#define FASTCE_SMALLER(a, b, suffix) ((a) < (b) ? (a) : (b))
+#define FASTCE_LARGEST_LANE(x, suffix) (x)
+#define FASTCE_EQUAL(a, b, suffix) ((a) == (b))
 #define fastce_multiply_add_ps fastce_multiply_add_float
 #define fastce_multiply_add_pd fastce_multiply_add_double
 #define FASTCE_MULTIPLY_ADD(a, b, c, suffix) fastce_multiply_add_##suffix(a, b, c)
@@ -379,6 +451,33 @@ static inline void fastce_stream_fence(void) {}
     }
 FASTCE_VECTORS(float, ps)
 FASTCE_VECTORS(double, pd)
+
+/* The largest element of a row, and where it is first; a nan is passed over. The row is read up to the next multiple of
+   16; what lies beyond its end is taken for -inf. */
+#define FASTCE_LARGEST(type, suffix)                                                                                  \
+    static const type fastce_within_##type[32] = {FASTCE_EIGHT(INFINITY), FASTCE_EIGHT(INFINITY),                     \
+                                                  FASTCE_EIGHT(-INFINITY), FASTCE_EIGHT(-INFINITY)};                  \
+    static inline type fastce_largest_##type(const type *row, ptrdiff_t n, ptrdiff_t *place)                          \
+    {                                                                                                                 \
+        const ptrdiff_t step = FASTCE_STEP(type);                                                                     \
+        __typeof__(FASTCE_ALL(*row, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                               \
+        ptrdiff_t i, first = n;                                                                                       \
+        for (i = 0; i < n; i += step) {                                                                               \
+            const type *within = fastce_within_##type + 16 - (n - i < 16 ? n - i : 16);                               \
+            top = FASTCE_LARGER(FASTCE_SMALLER(FASTCE_LOAD(within, suffix), FASTCE_LOAD(row + i, suffix), suffix),    \
+                                top, suffix);                                                                         \
+        }                                                                                                             \
+        type most = FASTCE_LARGEST_LANE(top, suffix);                                                                 \
+        for (i -= step; i >= 0; i -= step) {                                                                          \
+            unsigned equal = FASTCE_EQUAL(FASTCE_LOAD(row + i, suffix), FASTCE_ALL(most, suffix), suffix);            \
+            first = equal ? i + __builtin_ctz(equal) : first;                                                         \
+        }                                                                                                             \
+        *place = first < n ? first : 0;                                                                               \
+        return most;                                                                                                  \
+    }
+#define FASTCE_EIGHT(x) x, x, x, x, x, x, x, x
+FASTCE_LARGEST(float, ps)
+FASTCE_LARGEST(double, pd)
 
 /* A hint only: any address will do. */
 static inline void fastce_prefetch(const void *address) { __builtin_prefetch(address); }
