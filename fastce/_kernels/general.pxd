@@ -66,7 +66,9 @@ cdef struct Own:
     double[BLOCK_ROWS] mass_at_maximum  # a_m
     double[BLOCK_ROWS] linear           # sum a_c (z_m - z_c)
     double[BLOCK_ROWS] spread           # sum e_c (z_m - z_c)
-    double[BLOCK_ROWS * SMALL_LANES] lanes  # of short rows' linear
+    double[BLOCK_ROWS * SMALL_LANES] mass_lanes     # of short rows
+    double[BLOCK_ROWS * SMALL_LANES] linear_lanes
+    double[BLOCK_ROWS * SMALL_LANES] spread_lanes
     double[BLOCK_ROWS] hit              # sum of e_c by the target's own, unweighted mass
     double[BLOCK_ROWS] largest_mass
     double[BLOCK_ROWS] steepness        # 2 z_loss lse
@@ -145,21 +147,22 @@ cdef inline double sum_far(const floating* a, Py_ssize_t n) noexcept nogil:
     return total[0] + total[1] if total[0] < INFINITY else total[0]
 
 
-# What is known of row r once its largest logit is: the log-sum-exp where that is infinite, and the classes that share
-# the smoothing. `z` are the logits.
-cdef inline void settle_maximum(
-    const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r, const floating* z
-) noexcept nogil:
-    cdef const uint8_t* mask = mask_of(batch, row)
-    cdef Py_ssize_t i, n_shown = 0
-    if shares_by_row(batch):
-        for i in range(batch.n_classes):
-            n_shown += mask[i] != 0
-    own.n_shown[r] = n_shown
+# The log-sum-exp of row r, of logits z, where its largest logit is infinite.
+cdef inline void settle_maximum(const Batch* batch, Own* own, Py_ssize_t r, const floating* z) noexcept nogil:
+    cdef Py_ssize_t i
     if fabs(own.maximum[r]) == INFINITY:
         own.infinite[r] = own.maximum[r]
         for i in range(batch.n_classes):
             own.infinite[r] = own.infinite[r] if z[i] == z[i] else NAN
+
+
+# How many classes share row r's smoothing.
+cdef inline void count_shown(const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r) noexcept nogil:
+    cdef const uint8_t* mask = mask_of(batch, row)
+    cdef Py_ssize_t i, n_shown = 0
+    for i in range(batch.n_classes):
+        n_shown += mask[i] != 0
+    own.n_shown[r] = n_shown
 
 
 # Whether the classes that share the smoothing are each row's own.

@@ -1,7 +1,7 @@
 """Short general rows, by the block: the sums of small.pxd by the largest logit, and those of the mass beside them."""
 
 from libc.math cimport INFINITY, fabs
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from fastce._kernels.block cimport (
@@ -11,6 +11,7 @@ from fastce._kernels.block cimport (
     Scratch,
     finish_rows,
     largest_factor,
+    magnitude_of,
     smallest_factor,
 )
 from fastce._kernels.general cimport (
@@ -20,6 +21,7 @@ from fastce._kernels.general cimport (
     behind,
     combine,
     correct_piece,
+    count_shown,
     entry,
     entry_mass,
     has_base_alone,
@@ -39,21 +41,30 @@ from fastce._kernels.general cimport (
     write_log_softmax,
 )
 from fastce._kernels.lanes cimport SUM_BLOCK, exp_limit, larger_of
-from fastce._kernels.small cimport SMALL_CLASSES, rows_before_end, shift_vectors, sum_by_one_shift
+from fastce._kernels.small cimport (
+    SMALL_CLASSES,
+    exp_by_one_shift,
+    rows_before_end,
+    shift_vectors,
+    take_out_ignored,
+    take_rows_apart,
+)
 from fastce._kernels.staged cimport hide, is_identity, padded, stage_logits
 from fastce._kernels.vexp cimport floating
 
 cdef extern from "target.h" nogil:
-    void sum_mass_float "fastce_sum_mass_float" (
-        const float* a, const float* x, Py_ssize_t n, Py_ssize_t t, float top, double* masses, double* products
+    void sum_row_float "fastce_sum_row_float" (
+        const float* e, const float* a, const float* x, Py_ssize_t n, Py_ssize_t t, double top, bint with_spread,
+        double* others, double* masses, double* products, double* spreads
     )
-    void sum_mass_double "fastce_sum_mass_double" (
-        const double* a, const double* x, Py_ssize_t n, Py_ssize_t t, double top, double* masses, double* products
+    void sum_row_double "fastce_sum_row_double" (
+        const double* e, const double* a, const double* x, Py_ssize_t n, Py_ssize_t t, double top, bint with_spread,
+        double* others, double* masses, double* products, double* spreads
     )
-    float largest_float "fastce_largest_float" (const float* row, Py_ssize_t n, Py_ssize_t* place)
-    double largest_double "fastce_largest_double" (const double* row, Py_ssize_t n, Py_ssize_t* place)
+    float largest_float "fastce_largest_float" (const float* row, Py_ssize_t n, int64_t* place)
+    double largest_double "fastce_largest_double" (const double* row, Py_ssize_t n, int64_t* place)
     void sum_products_float "fastce_sum_products_float" (
-        const float* a, const float* x, Py_ssize_t n, float top, double* lanes
+        const float* a, const float* x, Py_ssize_t n, double top, double* lanes
     )
     void sum_products_double "fastce_sum_products_double" (
         const double* a, const double* x, Py_ssize_t n, double top, double* lanes
@@ -91,19 +102,20 @@ cdef inline void take_short_rows(
     cdef floating* chain = terms + 2 * BUFFER
     cdef Side z = gather_logits(batch, own, chain, first, n)
     cdef Side mass
-    find_largest(batch, own, &z, first, n, like)
-    sum_by_one_shift(<const floating*>z.rows, terms, batch.n_classes, own.argmax, n, rows)
+    find_largest(batch, own, &z, n, like)
+    exp_by_one_shift(<const floating*>z.rows, terms, batch.n_classes, n, rows)
     for r in range(n):
         own.mass[r] = own.mass_at_maximum[r] = own.linear[r] = own.hit[r] = own.largest_mass[r] = 0.0
-    if has_dense_mass(batch):
+    if not has_dense_mass(batch):
+        sum_rows(batch, own, &z, NULL, terms, n, batch.entropy != NULL)
+    else:
         mass = gather_mass(batch, own, terms + BUFFER, first, n, like)
-        sum_mass(batch, own, &mass, &z, terms, n)
+        sum_rows(batch, own, &z, &mass, terms, n, batch.entropy != NULL)
+        mend_sums(batch, own, &z, &mass, terms, n)
     if batch.n_entries > 0:
         for r in range(n):
             if own.argmax[r] >= 0:
                 add_entries(batch, own, &z, terms, first + r, r)
-    if batch.entropy != NULL:
-        sum_spread(batch, own, &z, terms, n)
     finish_rows(rows, n)
     settle_rows(batch, own, first, 0, n)
     if batch.kind == LOG_SOFTMAX:
@@ -132,6 +144,9 @@ cdef inline Side gather_logits(
     z.stride = n_classes
     for r in range(n):
         own.argmax[r] = -1 if is_skipped(batch, first + r) else 0
+    if shares_by_row(batch):
+        for r in range(n):
+            count_shown(batch, own, first + r, r)
     if (
         is_identity(&batch.transform)
         and batch.logits_stride == row_bytes
@@ -192,53 +207,106 @@ cdef inline const floating* whole_row(
 
 # The largest logit of each row and where it is first.
 cdef inline void find_largest(
-    const Batch* batch, Own* own, const Side* z, Py_ssize_t first, Py_ssize_t n, const floating* like
+    const Batch* batch, Own* own, const Side* z, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef floating[SHORT_CLASSES] last
     cdef const floating* row
-    cdef Py_ssize_t r, place, n_infinite = 0
+    cdef Py_ssize_t r, n_infinite = 0
     for r in range(n):
         own.maximum[r] = 0.0
-        if own.argmax[r] < 0:
-            continue
-        row = whole_row(z, r, batch.n_classes, last)
-        if floating is float:
-            own.maximum[r] = largest_float(row, batch.n_classes, &place)
-        else:
-            own.maximum[r] = largest_double(row, batch.n_classes, &place)
-        own.argmax[r] = place
+        if own.argmax[r] >= 0:
+            row = whole_row(z, r, batch.n_classes, last)
+            if floating is float:
+                own.maximum[r] = largest_float(row, batch.n_classes, &own.argmax[r])
+            else:
+                own.maximum[r] = largest_double(row, batch.n_classes, &own.argmax[r])
     for r in range(n):
         n_infinite += 1 if fabs(own.maximum[r]) == INFINITY else 0
-    if n_infinite or shares_by_row(batch):
+    if n_infinite:
         for r in range(n):
-            settle_maximum(batch, own, first + r, r, <const floating*>z.rows + r * z.stride)
+            settle_maximum(batch, own, r, <const floating*>z.rows + r * z.stride)
 
 
-# The sums of the dense mass: elsewhere than at the largest logit, so that a row of one mass stays exact, and by the
-# distance from it.
-cdef inline void sum_mass(
-    const Batch* batch, Own* own, const Side* mass, const Side* z, const floating* terms, Py_ssize_t n
+# The sums of each row by its largest logit: of the exponentials and the dense mass elsewhere, so that a row of one class
+# or one mass stays exact, and of both by the distance from it.
+cdef inline void sum_rows(
+    const Batch* batch, Own* own, const Side* z, const Side* mass, floating* terms, Py_ssize_t n, bint with_spread
+) noexcept nogil:
+    cdef Scratch* rows = &own.rows
+    if with_spread:
+        sum_each_row(batch, own, z, mass, terms, n, True)
+    else:
+        sum_each_row(batch, own, z, mass, terms, n, False)
+    fold_lanes(own, rows.partial, rows.others, n)
+    take_out_ignored(terms, batch.n_classes, own.argmax, n, rows)
+    if take_rows_apart(<const floating*>z.rows, terms, batch.n_classes, own.argmax, n, rows) and with_spread:
+        sum_spread_again(batch, own, z, terms, n)
+    if mass != NULL:
+        fold_lanes(own, own.mass_lanes, own.mass, n)
+        fold_lanes(own, own.linear_lanes, own.linear, n)
+    if with_spread:
+        fold_lanes(own, own.spread_lanes, own.spread, n)
+
+
+cdef inline void sum_each_row(
+    const Batch* batch, Own* own, const Side* z, const Side* mass, const floating* terms, Py_ssize_t n,
+    bint with_spread,
 ) noexcept nogil:
     cdef floating[SHORT_CLASSES] last
     cdef floating[SHORT_CLASSES] last_mass
-    cdef Py_ssize_t n_classes = batch.n_classes, r, n_far = 0
-    cdef const floating* a
+    cdef Py_ssize_t n_classes = batch.n_classes, r, i, top
     cdef const floating* row
-    cdef double* lanes = own.rows.partial
+    cdef const floating* a = NULL
+    for r in range(n):
+        i = r * SMALL_LANES
+        top = own.argmax[r]
+        if top < 0:
+            own.rows.at_target[r] = own.rows.z_target[r] = 0.0
+        else:
+            row = whole_row(z, r, n_classes, last)
+            own.rows.at_target[r] = terms[top]
+            own.rows.z_target[r] = own.maximum[r]
+            if mass != NULL:
+                a = whole_row(mass, r, n_classes, last_mass)
+                own.mass_at_maximum[r] = a[top]
+            if floating is float:
+                sum_row_float(
+                    terms, a, row, n_classes, top, own.maximum[r], with_spread, own.rows.partial + i,
+                    own.mass_lanes + i, own.linear_lanes + i, own.spread_lanes + i,
+                )
+            else:
+                sum_row_double(
+                    terms, a, row, n_classes, top, own.maximum[r], with_spread, own.rows.partial + i,
+                    own.mass_lanes + i, own.linear_lanes + i, own.spread_lanes + i,
+                )
+        terms += n_classes
+
+
+# Rows that were taken by themselves have other terms now.
+cdef inline void sum_spread_again(
+    const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t n
+) noexcept nogil:
+    cdef floating[SHORT_CLASSES] last
+    cdef const floating* row
+    cdef Py_ssize_t r
     for r in range(n):
         if own.argmax[r] >= 0:
-            a = whole_row(mass, r, n_classes, last_mass)
-            row = whole_row(z, r, n_classes, last)
-            own.mass_at_maximum[r] = a[own.argmax[r]]
+            row = whole_row(z, r, batch.n_classes, last)
             if floating is float:
-                sum_mass_float(a, row, n_classes, own.argmax[r], <float>own.maximum[r], lanes, own.lanes + r * SMALL_LANES)
+                sum_products_float(terms, row, batch.n_classes, own.maximum[r], own.spread_lanes + r * SMALL_LANES)
             else:
-                sum_mass_double(a, row, n_classes, own.argmax[r], own.maximum[r], lanes, own.lanes + r * SMALL_LANES)
-        lanes += SMALL_LANES
-    fold_lanes(own, own.rows.partial, own.mass, n)
-    fold_lanes(own, own.lanes, own.linear, n)
+                sum_products_double(terms, row, batch.n_classes, own.maximum[r], own.spread_lanes + r * SMALL_LANES)
+        terms += batch.n_classes
+
+
+# Sums by the distance that the dtype cannot hold, and what statistics want of the dense mass.
+cdef inline void mend_sums(
+    const Batch* batch, Own* own, const Side* z, const Side* mass, const floating* terms, Py_ssize_t n
+) noexcept nogil:
+    cdef Py_ssize_t n_classes = batch.n_classes, r, n_far = 0
     for r in range(n):
-        n_far += 1 if fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY else 0
+        n_far += 1 if fabs(own.maximum[r]) > exp_limit(terms) else 0
+        n_far += 0 if own.linear[r] < INFINITY else 1
     if n_far:
         for r in range(n):
             if own.argmax[r] >= 0 and (fabs(own.maximum[r]) > exp_limit(terms) or not own.linear[r] < INFINITY):
@@ -262,27 +330,6 @@ cdef inline void sum_hit(
         own.largest_mass[r] = larger_of(own.largest_mass[r], a[c])
 
 
-# sums[r] = sum of a_c (z_m - z_c).
-cdef inline void sum_products(
-    const Batch* batch, Own* own, const Side* factors, const Side* z, double* sums, Py_ssize_t n, const floating* like
-) noexcept nogil:
-    cdef floating[SHORT_CLASSES] last
-    cdef floating[SHORT_CLASSES] last_factors
-    cdef const floating* a
-    cdef const floating* row
-    cdef double* lanes = own.rows.partial
-    cdef Py_ssize_t r
-    for r in range(n):
-        if own.argmax[r] >= 0:
-            a = whole_row(factors, r, batch.n_classes, last_factors)
-            row = whole_row(z, r, batch.n_classes, last)
-            if floating is float:
-                sum_products_float(a, row, batch.n_classes, <float>own.maximum[r], lanes + r * SMALL_LANES)
-            else:
-                sum_products_double(a, row, batch.n_classes, own.maximum[r], lanes + r * SMALL_LANES)
-    fold_lanes(own, lanes, sums, n)
-
-
 # The lanes of many rows at once; rows that are not looked at have 0.
 cdef inline void fold_lanes(const Own* own, const double* p, double* sums, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t r, i
@@ -291,16 +338,6 @@ cdef inline void fold_lanes(const Own* own, const double* p, double* sums, Py_ss
         sums[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
     for r in range(n):
         sums[r] = 0.0 if own.argmax[r] < 0 else sums[r]
-
-
-cdef inline void sum_spread(
-    const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t n
-) noexcept nogil:
-    cdef Side side
-    side.rows = <char*>terms
-    side.stride = batch.n_classes
-    side.n_whole = n
-    sum_products(batch, own, &side, z, own.spread, n, terms)
 
 
 # What is not dense: class ids and sparse targets.
@@ -336,9 +373,9 @@ cdef inline void write_short_gradients(
     cdef Scratch* rows = &own.rows
     cdef Py_ssize_t n_classes = batch.n_classes, r, n_special = 0, n_padded = padded(n_classes)
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
-    cdef floating* push = <floating*>rows.partial
-    cdef floating* pull = push + BLOCK_ROWS
-    cdef floating* at_maximum = pull + BLOCK_ROWS
+    cdef floating[BLOCK_ROWS] push
+    cdef floating[BLOCK_ROWS] pull
+    cdef floating[BLOCK_ROWS] at_maximum
     cdef bint dense = has_dense_mass(batch)
     cdef const floating* row_mass = <const floating*>mass.rows if dense else NULL
     cdef double magnitude
@@ -347,12 +384,13 @@ cdef inline void write_short_gradients(
         push[r] = <floating>push_of(own, r)
         pull[r] = <floating>(-own.factor[r])
         at_maximum[r] = <floating>pull_at_maximum(own, r)
-        magnitude = 1.0 if rows.scale[r] * own.factor[r] == 0.0 else fabs(push_of(own, r))
+    for r in range(n):
+        magnitude = magnitude_of(push_of(own, r), rows.scale[r] * own.factor[r])
         n_special += 1 if magnitude < smallest_factor(terms) else 0
         n_special += 1 if magnitude > largest_factor(terms) else 0
     if dense:
         for r in range(n):
-            magnitude = 1.0 if own.factor[r] == 0.0 else fabs(own.factor[r])
+            magnitude = magnitude_of(own.factor[r], own.factor[r])
             n_special += 1 if magnitude < smallest_factor(terms) else 0
             n_special += 1 if magnitude > largest_factor(terms) else 0
     if n_special or batch.out_stride != n_classes * <Py_ssize_t>sizeof(floating):

@@ -21,6 +21,7 @@ from fastce._kernels.block cimport (
     largest_factor,
     load_scales,
     lse_of,
+    magnitude_of,
     mask_of,
     nothing_pending,
     pull_of,
@@ -38,7 +39,7 @@ from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_valu
 cdef extern from "target.h" nogil:
     void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
-    void sum_below_float "fastce_sum_below_float" (const float* row, Py_ssize_t n, float top, double* lanes)
+    void sum_below_float "fastce_sum_below_float" (const float* row, Py_ssize_t n, double top, double* lanes)
     void sum_below_double "fastce_sum_below_double" (const double* row, Py_ssize_t n, double top, double* lanes)
     Py_ssize_t above_float "fastce_above_float" (const float* row, Py_ssize_t n, Py_ssize_t t, float least)
     Py_ssize_t above_double "fastce_above_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double least)
@@ -89,19 +90,36 @@ cdef inline void take_small_rows(
         curve_small_rows(batch, rows, first, n, terms)
 
 
-# The sums of n rows that lie side by side: one sweep of exponentials over all of them, with one shift for all (2^50:
-# exact for rows whose sum lies between 2^-20 and 2^73); a row outside is taken by itself. Returns how many are ignored.
+# The sums of n rows that lie side by side. Returns how many are ignored.
 cdef inline Py_ssize_t sum_by_one_shift(
     const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
 ) noexcept nogil:
+    cdef Py_ssize_t n_ignored
+    exp_by_one_shift(x, terms, n_classes, n, rows)
+    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
+    take_rows_apart(x, terms, n_classes, ids, n, rows)
+    return n_ignored
+
+
+# One sweep of exponentials over n rows that lie side by side, with one shift for all (2^50: exact for rows whose sum
+# lies between 2^-20 and 2^73).
+cdef inline void exp_by_one_shift(
+    const floating* x, floating* terms, Py_ssize_t n_classes, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
     cdef ExpWindow window = exp_window(x, run_time_value(small_shift(x)), 0.0)
-    cdef Py_ssize_t r, n_ignored, n_outside = 0
-    cdef double total
+    cdef Py_ssize_t r
     exp_terms(x, terms, n * n_classes, &window)
     for r in range(n):
         rows.shift[r] = window.shift
         rows.offset[r] = 0.0
-    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
+
+
+# A row whose sum shows that the shift did not fit is taken by itself. Returns how many there are.
+cdef inline Py_ssize_t take_rows_apart(
+    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+) noexcept nogil:
+    cdef Py_ssize_t r, n_outside = 0
+    cdef double total
     for r in range(n):
         total = rows.others[r] + rows.at_target[r]
         n_outside += 0 if small_sum_low(x) <= total < sum_limit(x) else 1
@@ -111,7 +129,7 @@ cdef inline Py_ssize_t sum_by_one_shift(
             if not small_sum_low(x) <= total < sum_limit(x):
                 take_small_row(x + r * n_classes, terms + r * n_classes, n_classes, ids[r], rows, r)
                 rows.largest_part[r] = rows.others[r]
-    return n_ignored
+    return n_outside
 
 
 # The logits of a block, row after row: where they lie, or copied and transformed.
@@ -276,22 +294,22 @@ cdef inline void write_small_rows(
     cdef floating* out = <floating*>(batch.out + first * out_stride)
     cdef Py_ssize_t r, n_special = 0, n_padded = padded(n_classes)
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
-    cdef floating* factor = <floating*>rows.partial
-    cdef floating* pull = factor + BLOCK_ROWS
-    cdef floating* shift = pull + BLOCK_ROWS
+    cdef floating[BLOCK_ROWS] factor
+    cdef floating[BLOCK_ROWS] pull
+    cdef floating[BLOCK_ROWS] shift
     cdef double both, magnitude, share = batch.options.share
     cdef floating* row = out
     for r in range(n):
         both = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
         factor[r] = <floating>both
-        magnitude = 1.0 if rows.scale[r] == 0.0 else fabs(both)
+        magnitude = magnitude_of(both, rows.scale[r])
         n_special += 1 if magnitude < smallest_factor(out) else 0
         n_special += 1 if magnitude > largest_factor(out) else 0
         shift[r] = <floating>shift_of(rows, r, share)
         pull[r] = <floating>pull_of(batch, rows, r, rows.miss[r])
     if share != 0.0:
         for r in range(n):
-            magnitude = 1.0 if rows.scale[r] == 0.0 else fabs(rows.scale[r] * share)
+            magnitude = magnitude_of(rows.scale[r] * share, rows.scale[r])
             n_special += 1 if magnitude < smallest_factor(out) else 0
             n_special += 1 if magnitude > largest_factor(out) else 0
     if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
@@ -357,9 +375,9 @@ cdef inline void curve_small_rows(
         curved[r] = <floating>curve.curved
         bend[r] = <floating>curve.bend
         # As in is_normal_curve: 1/S is a normal number in every small row.
-        magnitude = 1.0 if curve.curved == 0.0 else fabs(curve.curved)
+        magnitude = magnitude_of(curve.curved, curve.curved)
         n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
-        magnitude = 1.0 if curve.bend == 0.0 else fabs(curve.bend)
+        magnitude = magnitude_of(curve.bend, curve.bend)
         n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
     if n_special or batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0

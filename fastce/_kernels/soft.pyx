@@ -44,6 +44,7 @@ from fastce._kernels.general cimport (
     clear_row,
     combine,
     correct_piece,
+    count_shown,
     entry,
     entry_mass,
     has_dense_mass,
@@ -55,6 +56,7 @@ from fastce._kernels.general cimport (
     push_of,
     settle_maximum,
     settle_rows,
+    shares_by_row,
     stage_mass,
     sum_far,
     sum_far_below,
@@ -376,7 +378,9 @@ cdef inline void settle_window(
     const Batch* batch, Own* own, Py_ssize_t row, Py_ssize_t r, const floating* like
 ) noexcept nogil:
     own.window[r] = window_below(like, own.maximum[r])
-    settle_maximum(batch, own, row, r, <const floating*>(batch.logits + row * batch.logits_stride))
+    settle_maximum(batch, own, r, <const floating*>(batch.logits + row * batch.logits_stride))
+    if shares_by_row(batch):
+        count_shown(batch, own, row, r)
 
 
 # All sums of row r of a block: exponentials and mass, by its largest logit, which is known. Sums over chunks carry

@@ -103,8 +103,11 @@ static inline int fastce_openmp_limit(void)
 #endif
 }
 
-/* Sums of short rows by vector types of the target's width, not by loops over arrays: gcc takes an array of 8 apart into
-   pieces and reloads it whole, which stalls each row by 15 cycles; of wider vectors it takes comparisons apart. */
+/* Sums of short rows in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4. Rows are read up to the next
+   multiple of 8, and what lies beyond their end is left out. Vector types of the target's width, not loops over arrays:
+   gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles; of wider vectors
+   it takes comparisons apart. float32 is widened as it is loaded: to widen it in a register moves its halves about, on
+   the one pipe that moves, and comparing the lanes' numbers with the row's length there as well took twice as long. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -116,189 +119,169 @@ static inline int fastce_openmp_limit(void)
 #define FASTCE_BYTES 16
 #endif
 #define FASTCE_LANES (FASTCE_BYTES / 8)
-typedef double fastce_double_lanes __attribute__((vector_size(FASTCE_BYTES)));
-typedef int64_t fastce_double_index __attribute__((vector_size(FASTCE_BYTES)));
-typedef float fastce_float_lanes __attribute__((vector_size(FASTCE_BYTES)));
-typedef int32_t fastce_float_index __attribute__((vector_size(FASTCE_BYTES)));
-/* Half of a vector of float32 in float64. Left to __builtin_convertvector gcc 12 takes two conversions and three moves
-   for each: a third of the time of a row of 10 classes. */
-static inline fastce_double_lanes fastce_low_half(fastce_float_lanes x)
+typedef double fastce_lanes __attribute__((vector_size(FASTCE_BYTES)));
+typedef int64_t fastce_bits __attribute__((vector_size(FASTCE_BYTES)));
+enum { FASTCE_SUMS = 8 / FASTCE_LANES, FASTCE_PARTS = 16 / FASTCE_LANES };
+
+/* Which lanes count: those of the first `rest` elements without element t. */
+#if FASTCE_LANES == 8
+typedef __mmask8 fastce_taken;
+static inline fastce_taken fastce_take(ptrdiff_t rest, ptrdiff_t t, int part)
 {
-#if defined(__AVX512F__)
-    return (fastce_double_lanes)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
-#elif defined(__AVX__)
-    return (fastce_double_lanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
-#elif defined(__x86_64__)
-    return (fastce_double_lanes)_mm_cvtps_pd((__m128)x);
+    unsigned first = _bzhi_u32(0xffff, rest), one = (size_t)t < 16 ? 1u << t : 0;
+    return (first & ~one) >> 8 * part;
+}
+
+static inline fastce_lanes fastce_widened_float(const float *place)
+{
+    return (fastce_lanes)_mm512_cvtps_pd(_mm256_loadu_ps(place));
+}
+
+static inline fastce_lanes fastce_taken_float(fastce_taken taken, const float *place)
+{
+    return (fastce_lanes)_mm512_maskz_cvtps_pd(taken, _mm256_loadu_ps(place));
+}
+
+static inline fastce_lanes fastce_taken_double(fastce_taken taken, const double *place)
+{
+    return (fastce_lanes)_mm512_maskz_loadu_pd(taken, place);
+}
 #else
-    return (fastce_double_lanes){x[0], x[1]};
+typedef fastce_bits fastce_taken;
+static inline fastce_taken fastce_take(ptrdiff_t rest, ptrdiff_t t, int part)
+{
+    static const int64_t first[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    static const int64_t one[32] = {[16] = -1};
+    fastce_bits is_first, is_one;
+    memcpy(&is_first, first + 16 - (rest < 16 ? rest : 16) + part * FASTCE_LANES, sizeof is_first);
+    memcpy(&is_one, one + 16 - ((size_t)t < 16 ? t : 16) + part * FASTCE_LANES, sizeof is_one);
+    return is_first & ~is_one;
+}
+
+static inline fastce_lanes fastce_widened_float(const float *place)
+{
+#if defined(__AVX__)
+    return (fastce_lanes)_mm256_cvtps_pd(_mm_loadu_ps(place));
+#elif defined(__x86_64__)
+    return (fastce_lanes)_mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)place));
+#else
+    return (fastce_lanes){place[0], place[1]};
 #endif
 }
 
-static inline fastce_double_lanes fastce_high_half(fastce_float_lanes x)
+static inline fastce_lanes fastce_taken_float(fastce_taken taken, const float *place)
 {
-#if defined(__AVX512F__)
-    return (fastce_double_lanes)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
-#elif defined(__AVX__)
-    return (fastce_double_lanes)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
-#elif defined(__x86_64__)
-    return (fastce_double_lanes)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+    return (fastce_lanes)((fastce_bits)fastce_widened_float(place) & taken);
+}
+
+static inline fastce_lanes fastce_taken_double(fastce_taken taken, const double *place)
+{
+    fastce_bits x;
+    memcpy(&x, place, sizeof x);
+    return (fastce_lanes)(x & taken);
+}
+#endif
+
+static inline fastce_lanes fastce_where(fastce_taken taken, fastce_lanes x)
+{
+#if FASTCE_LANES == 8
+    return (fastce_lanes)_mm512_maskz_mov_pd(taken, (__m512d)x);
 #else
-    return (fastce_double_lanes){x[2], x[3]};
+    return (fastce_lanes)((fastce_bits)x & taken);
 #endif
 }
 
-static inline void fastce_add_float(fastce_float_lanes terms, fastce_double_lanes *sum, int part)
+static inline fastce_lanes fastce_widened_double(const double *place)
 {
-    sum[2 * part % (8 / FASTCE_LANES)] += fastce_low_half(terms);
-    sum[(2 * part + 1) % (8 / FASTCE_LANES)] += fastce_high_half(terms);
+    fastce_lanes x;
+    memcpy(&x, place, sizeof x);
+    return x;
 }
 
-static inline void fastce_add_double(fastce_double_lanes terms, fastce_double_lanes *sum, int part)
+/* x where it is to be multiplied by something, else 0, which beats an infinite x. */
+static inline fastce_lanes fastce_beside(fastce_lanes factor, fastce_lanes x)
 {
-    sum[part % (8 / FASTCE_LANES)] += terms;
+    return (fastce_lanes)((fastce_bits)x & (factor != 0));
 }
 
 /* folded[l] = lane l + lane l + 4. */
-static inline void fastce_fold(const fastce_double_lanes *sum, double *folded)
+static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 {
 #if FASTCE_LANES == 8
-    typedef double half_lanes __attribute__((vector_size(32)));
-    union { fastce_double_lanes whole; half_lanes half[2]; } split = {sum[0]};
-    half_lanes both = split.half[0] + split.half[1];
+    __m256d both = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)sum[0]), _mm512_extractf64x4_pd((__m512d)sum[0], 1));
     memcpy(folded, &both, sizeof both);
 #else
     for (int i = 0; i < 4 / FASTCE_LANES; i++) {
-        fastce_double_lanes both = sum[i] + sum[i + 4 / FASTCE_LANES];
+        fastce_lanes both = sum[i] + sum[i + 4 / FASTCE_LANES];
         memcpy(folded + i * FASTCE_LANES, &both, sizeof both);
     }
 #endif
 }
 
-/* Vectors of the target's width: how many make 16 elements, the numbers of their lanes, and one of them from memory. */
-#define FASTCE_LANES_OF(type)                                                                                         \
-    enum { fastce_##type##_step = FASTCE_BYTES / sizeof(type), fastce_##type##_parts = 16 / fastce_##type##_step };   \
-    static inline fastce_##type##_index fastce_index_##type(void)                                                     \
-    {                                                                                                                 \
-        fastce_##type##_index index;                                                                                  \
-        for (int l = 0; l < fastce_##type##_step; l++)                                                                \
-            index[l] = l;                                                                                             \
-        return index;                                                                                                 \
-    }                                                                                                                 \
-    static inline fastce_##type##_lanes fastce_load_##type(const type *place)                                         \
-    {                                                                                                                 \
-        fastce_##type##_lanes x;                                                                                      \
-        memcpy(&x, place, sizeof x);                                                                                  \
-        return x;                                                                                                     \
-    }
-FASTCE_LANES_OF(float)
-FASTCE_LANES_OF(double)
-
-/* The sum of a short row without its element t, in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4; the
-   row is read up to the next multiple of 16 and what lies beyond n is left out. */
-#define FASTCE_SUM_LANES(type, integer)                                                                               \
+/* lanes: of a row without element t. below: of top - x. products: of a * (top - x), where a = 0 beats an infinite
+   difference. row: all that a general row needs, without element t, where x is `top`: of its terms e, of its mass a and
+   of a * (top - x) unless a is NULL, of e * (top - x) if asked for. */
+#define FASTCE_SUM(type)                                                                                              \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
-        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
-        fastce_##type##_index index = fastce_index_##type();                                                          \
+        fastce_lanes sum[FASTCE_SUMS] = {{0}};                                                                        \
         for (ptrdiff_t i = 0; i < n; i += 16)                                                                         \
-            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
-                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
-                fastce_##type##_lanes terms = fastce_load_##type(row + start);                                        \
-                fastce_##type##_index taken = (index != (integer)(t - start)) & (index < (integer)(n - start));       \
-                terms = (fastce_##type##_lanes)((fastce_##type##_index)terms & taken);                                \
-                fastce_add_##type(terms, sum, part);                                                                  \
-            }                                                                                                         \
+            for (int part = 0; part < FASTCE_PARTS; part++)                                                           \
+                sum[part % FASTCE_SUMS] +=                                                                            \
+                    fastce_taken_##type(fastce_take(n - i, t - i, part), row + i + part * FASTCE_LANES);              \
         fastce_fold(sum, lanes);                                                                                      \
-    }
-FASTCE_SUM_LANES(float, int32_t)
-FASTCE_SUM_LANES(double, int64_t)
-
-/* Elements l and l + 8 of 16 meet in the dtype, then in 8 float64 lanes. */
-static inline void fastce_add_pairs_float(const fastce_float_lanes *numbers, fastce_double_lanes *sum)
-{
-#if FASTCE_LANES == 8
-    __m512 all = (__m512)numbers[0];
-    sum[0] += (fastce_double_lanes)_mm512_cvtps_pd(
-        _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1)));
-#else
-    enum { half = 4 / FASTCE_LANES };
-    for (int part = 0; part < half; part++)
-        fastce_add_float(numbers[part] + numbers[part + half], sum, part);
-#endif
-}
-
-static inline void fastce_add_pairs_double(const fastce_double_lanes *numbers, fastce_double_lanes *sum)
-{
-    for (int part = 0; part < 8 / FASTCE_LANES; part++)
-        sum[part] += numbers[part] + numbers[part + 8 / FASTCE_LANES];
-}
-
-/* Three sums over a row, in pairs and folded to 4 lanes; rows are read up to the next multiple of 16 and what lies beyond
-   n is left out. below: of top - x. products: of a * (top - x), where a = 0 beats an infinite difference. mass: the same,
-   and of a, element by element; a's element t is left out of both, where x is `top`. */
-#define FASTCE_SUM_PAIRS(type, integer)                                                                               \
-    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, type top, double *lanes)                 \
+    }                                                                                                                 \
+    static inline void fastce_sum_row_##type(                                                                         \
+        const type *e, const type *a, const type *x, ptrdiff_t n, ptrdiff_t t, double top, int with_spread,           \
+        double *others, double *masses, double *products, double *spreads)                                            \
     {                                                                                                                 \
-        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
-        fastce_##type##_lanes x[fastce_##type##_parts];                                                               \
+        fastce_lanes sum[FASTCE_SUMS] = {{0}}, mass[FASTCE_SUMS] = {{0}};                                             \
+        fastce_lanes below[FASTCE_SUMS] = {{0}}, spread[FASTCE_SUMS] = {{0}};                                         \
+        for (ptrdiff_t i = 0; i < n; i += 16)                                                                         \
+            for (int part = 0; part < FASTCE_PARTS; part++) {                                                         \
+                ptrdiff_t start = i + part * FASTCE_LANES;                                                            \
+                fastce_taken taken = fastce_take(n - i, t - i, part);                                                 \
+                fastce_lanes terms = fastce_taken_##type(taken, e + start);                                           \
+                fastce_lanes difference = top - fastce_widened_##type(x + start);                                     \
+                sum[part % FASTCE_SUMS] += terms;                                                                     \
+                if (with_spread)                                                                                      \
+                    spread[part % FASTCE_SUMS] += terms * fastce_beside(terms, difference);                           \
+                if (a) {                                                                                              \
+                    fastce_lanes factor = fastce_taken_##type(taken, a + start);                                      \
+                    mass[part % FASTCE_SUMS] += factor;                                                               \
+                    below[part % FASTCE_SUMS] += factor * fastce_beside(factor, difference);                          \
+                }                                                                                                     \
+            }                                                                                                         \
+        fastce_fold(sum, others);                                                                                     \
+        if (a) {                                                                                                      \
+            fastce_fold(mass, masses);                                                                                \
+            fastce_fold(below, products);                                                                             \
+        }                                                                                                             \
+        if (with_spread)                                                                                              \
+            fastce_fold(spread, spreads);                                                                             \
+    }                                                                                                                 \
+    static inline void fastce_sum_products_##type(                                                                    \
+        const type *a, const type *x, ptrdiff_t n, double top, double *lanes)                                         \
+    {                                                                                                                 \
+        double others[4];                                                                                             \
+        fastce_sum_row_##type(a, NULL, x, n, -1, top, 1, others, NULL, NULL, lanes);                                  \
+    }                                                                                                                 \
+    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, double top, double *lanes)               \
+    {                                                                                                                 \
+        fastce_lanes sum[FASTCE_SUMS] = {{0}};                                                                        \
         ptrdiff_t i = 0;                                                                                              \
-        for (; i + 16 <= n; i += 16) {                                                                                \
-            for (int part = 0; part < fastce_##type##_parts; part++)                                                  \
-                x[part] = top - fastce_load_##type(row + i + part * fastce_##type##_step);                            \
-            fastce_add_pairs_##type(x, sum);                                                                          \
-        }                                                                                                             \
-        if (i < n) {                                                                                                  \
-            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
-                fastce_##type##_index taken =                                                                         \
-                    fastce_index_##type() < (integer)(n - i - part * fastce_##type##_step);                           \
-                x[part] = top - fastce_load_##type(row + i + part * fastce_##type##_step);                            \
-                x[part] = (fastce_##type##_lanes)((fastce_##type##_index)x[part] & taken);                            \
+        for (; i + 16 <= n; i += 16)                                                                                  \
+            for (int part = 0; part < FASTCE_PARTS; part++)                                                           \
+                sum[part % FASTCE_SUMS] += top - fastce_widened_##type(row + i + part * FASTCE_LANES);                \
+        if (i < n)                                                                                                    \
+            for (int part = 0; part < FASTCE_PARTS; part++) {                                                         \
+                fastce_taken taken = fastce_take(n - i, -1, part);                                                    \
+                sum[part % FASTCE_SUMS] += fastce_where(taken, top - fastce_widened_##type(row + i + part * FASTCE_LANES)); \
             }                                                                                                         \
-            fastce_add_pairs_##type(x, sum);                                                                          \
-        }                                                                                                             \
         fastce_fold(sum, lanes);                                                                                      \
-    }                                                                                                                 \
-    static inline void fastce_sum_products_##type(const type *a, const type *x, ptrdiff_t n, type top, double *lanes) \
-    {                                                                                                                 \
-        fastce_double_lanes sum[8 / FASTCE_LANES] = {{0}};                                                            \
-        fastce_##type##_lanes product[fastce_##type##_parts];                                                         \
-        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
-            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
-                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
-                fastce_##type##_lanes factor = fastce_load_##type(a + start);                                         \
-                fastce_##type##_index taken = (factor != 0) & (fastce_index_##type() < (integer)(n - start));         \
-                factor *= top - fastce_load_##type(x + start);                                                        \
-                product[part] = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                       \
-            }                                                                                                         \
-            fastce_add_pairs_##type(product, sum);                                                                    \
-        }                                                                                                             \
-        fastce_fold(sum, lanes);                                                                                      \
-    }                                                                                                                 \
-    static inline void fastce_sum_mass_##type(                                                                        \
-        const type *a, const type *x, ptrdiff_t n, ptrdiff_t t, type top, double *masses, double *products)           \
-    {                                                                                                                 \
-        fastce_double_lanes mass[8 / FASTCE_LANES] = {{0}}, sum[8 / FASTCE_LANES] = {{0}};                            \
-        fastce_##type##_lanes product[fastce_##type##_parts];                                                         \
-        for (ptrdiff_t i = 0; i < n; i += 16) {                                                                       \
-            for (int part = 0; part < fastce_##type##_parts; part++) {                                                \
-                ptrdiff_t start = i + part * fastce_##type##_step;                                                    \
-                fastce_##type##_index index = fastce_index_##type();                                                  \
-                fastce_##type##_index taken = (index != (integer)(t - start)) & (index < (integer)(n - start));       \
-                fastce_##type##_lanes factor = fastce_load_##type(a + start);                                         \
-                factor = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                              \
-                fastce_add_##type(factor, mass, part);                                                                \
-                taken = factor != 0;                                                                                  \
-                factor *= top - fastce_load_##type(x + start);                                                        \
-                product[part] = (fastce_##type##_lanes)((fastce_##type##_index)factor & taken);                       \
-            }                                                                                                         \
-            fastce_add_pairs_##type(product, sum);                                                                    \
-        }                                                                                                             \
-        fastce_fold(mass, masses);                                                                                    \
-        fastce_fold(sum, products);                                                                                   \
     }
-FASTCE_SUM_PAIRS(float, int32_t)
-FASTCE_SUM_PAIRS(double, int64_t)
+FASTCE_SUM(float)
+FASTCE_SUM(double)
 
 /* Where the one element above `least` is that is not element t, or n; the row is read up to the next multiple of 8. */
 #define FASTCE_ABOVE(type, integer)                                                                                   \
@@ -457,7 +440,7 @@ FASTCE_VECTORS(double, pd)
 #define FASTCE_LARGEST(type, suffix)                                                                                  \
     static const type fastce_within_##type[32] = {FASTCE_EIGHT(INFINITY), FASTCE_EIGHT(INFINITY),                     \
                                                   FASTCE_EIGHT(-INFINITY), FASTCE_EIGHT(-INFINITY)};                  \
-    static inline type fastce_largest_##type(const type *row, ptrdiff_t n, ptrdiff_t *place)                          \
+    static inline type fastce_largest_##type(const type *row, ptrdiff_t n, int64_t *place)                            \
     {                                                                                                                 \
         const ptrdiff_t step = FASTCE_STEP(type);                                                                     \
         __typeof__(FASTCE_ALL(*row, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                               \
