@@ -230,7 +230,9 @@ cdef inline void put_statistics(
         batch.predicted[first + r] = own.argmax[r] if rows.loss[r] == rows.loss[r] else -1
     for r in range(start, end):
         batch.correct[first + r] = (
-            batch.predicted[first + r] >= 0 and 0.0 < own.mass_at_maximum[r] >= own.largest_mass[r]
+            (batch.predicted[first + r] >= 0)
+            & (own.mass_at_maximum[r] > 0.0)
+            & (own.mass_at_maximum[r] >= own.largest_mass[r])
         )
     for r in range(start, end):
         batch.probability[first + r] = NAN if own.argmax[r] < 0 else own.hit[r] * rows.inverse[r]

@@ -27,7 +27,6 @@ from fastce._kernels.general cimport (
     has_base_alone,
     has_dense_mass,
     is_distribution_alone,
-    is_skipped,
     mask_of,
     multiply,
     pull_at_maximum,
@@ -40,7 +39,7 @@ from fastce._kernels.general cimport (
     write_hessian,
     write_log_softmax,
 )
-from fastce._kernels.lanes cimport SUM_BLOCK, exp_limit, larger_of
+from fastce._kernels.lanes cimport SUM_BLOCK, exp_limit, larger, larger_of
 from fastce._kernels.small cimport (
     SMALL_CLASSES,
     exp_by_one_shift,
@@ -112,7 +111,9 @@ cdef inline void take_short_rows(
         mass = gather_mass(batch, own, terms + BUFFER, first, n, like)
         sum_rows(batch, own, &z, &mass, terms, n, batch.entropy != NULL)
         mend_sums(batch, own, &z, &mass, terms, n)
-    if batch.n_entries > 0:
+    if batch.n_entries == 1 and batch.values == NULL:
+        add_ids(batch, own, &z, terms, first, n)
+    elif batch.n_entries > 0:
         for r in range(n):
             if own.argmax[r] >= 0:
                 add_entries(batch, own, &z, terms, first + r, r)
@@ -143,7 +144,13 @@ cdef inline Side gather_logits(
     cdef Side z
     z.stride = n_classes
     for r in range(n):
-        own.argmax[r] = -1 if is_skipped(batch, first + r) else 0
+        own.argmax[r] = 0
+    if batch.n_entries > 0:
+        for r in range(n):
+            own.argmax[r] = -1 if batch.indices[(first + r) * batch.n_entries] < 0 else 0
+    if batch.sample_weight != NULL:
+        for r in range(n):
+            own.argmax[r] = -1 if batch.sample_weight[first + r] == 0.0 else own.argmax[r]
     if shares_by_row(batch):
         for r in range(n):
             count_shown(batch, own, first + r, r)
@@ -340,7 +347,34 @@ cdef inline void fold_lanes(const Own* own, const double* p, double* sums, Py_ss
         sums[r] = 0.0 if own.argmax[r] < 0 else sums[r]
 
 
-# What is not dense: class ids and sparse targets.
+# Class ids. No branches: whether the target is the largest logit is foretold wrongly in every row that the model does.
+cdef inline void add_ids(
+    const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t first, Py_ssize_t n
+) noexcept nogil:
+    cdef const int64_t* ids = batch.indices + first
+    cdef const floating* x = <const floating*>z.rows
+    cdef Py_ssize_t r, t
+    cdef double a = batch.certain, e, below
+    cdef bint is_largest
+    for r in range(n):
+        t = larger(ids[r], 0)
+        if batch.weight != NULL:
+            a = batch.certain * batch.weight[t]
+        is_largest = t == own.argmax[r]
+        below = own.maximum[r] - x[t]
+        below = 0.0 if is_largest or a == 0.0 else below
+        e = terms[t]
+        e = own.rows.at_target[r] if is_largest else e
+        own.mass_at_maximum[r] += a if is_largest else 0.0
+        own.mass[r] += 0.0 if is_largest else a
+        own.linear[r] += a * below
+        own.hit[r] += a * e
+        own.largest_mass[r] = larger_of(own.largest_mass[r], a)
+        x += z.stride
+        terms += batch.n_classes
+
+
+# Sparse targets.
 cdef inline void add_entries(
     const Batch* batch, Own* own, const Side* z, const floating* terms, Py_ssize_t row, Py_ssize_t r
 ) noexcept nogil:
