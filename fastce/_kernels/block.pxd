@@ -430,13 +430,20 @@ cdef inline bint is_normal_curve(const floating* like, const Curve* curve) noexc
 cdef inline int curve_terms(
     floating* hess, const floating* terms, Py_ssize_t n, const Curve* curve
 ) noexcept nogil:
-    cdef double p
-    cdef int n_leading = 0
-    cdef Py_ssize_t j
     if is_normal_curve(hess, curve):
         return curve_normal_terms(
             hess, terms, n, <floating>curve.inverse, <floating>curve.curved, <floating>curve.bend
         )
+    return curve_exactly(hess, terms, n, curve)
+
+
+# The same in float64.
+cdef inline int curve_exactly(
+    floating* hess, const floating* terms, Py_ssize_t n, const Curve* curve
+) noexcept nogil:
+    cdef double p
+    cdef int n_leading = 0
+    cdef Py_ssize_t j
     for j in range(n):
         p = terms[j] * curve.inverse
         hess[j] = <floating>(p * (curve.curved * (1.0 - p) + curve.squared * p))

@@ -15,7 +15,7 @@ from fastce._kernels.block cimport (
     add_options,
     curve_at_target,
     curve_of,
-    curve_terms,
+    curve_exactly,
     finish_rows,
     hide_classes,
     largest_factor,
@@ -44,10 +44,10 @@ cdef extern from "target.h" nogil:
     Py_ssize_t above_float "fastce_above_float" (const float* row, Py_ssize_t n, Py_ssize_t t, float least)
     Py_ssize_t above_double "fastce_above_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double least)
     void curve_float "fastce_curve_float" (
-        float* out, const float* terms, Py_ssize_t n, float inverse, float curved, float bend
+        float* out, const float* terms, Py_ssize_t n, float inverse, float total, float rest, float curved, float squared
     )
     void curve_double "fastce_curve_double" (
-        double* out, const double* terms, Py_ssize_t n, double inverse, double curved, double bend
+        double* out, const double* terms, Py_ssize_t n, double inverse, double total, double rest, double curved, double squared
     )
     void shift_float "fastce_shift_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
     void shift_double "fastce_shift_double" (
@@ -344,51 +344,68 @@ cdef inline void shift_vectors(
 
 
 cdef inline void curve_vectors(
-    floating* out, const floating* terms, Py_ssize_t n, floating inverse, floating curved, floating bend
+    floating* out, const floating* terms, Py_ssize_t n, floating inverse, floating total, floating rest, floating curved,
+    floating squared,
 ) noexcept nogil:
     if floating is float:
-        curve_float(out, terms, n, inverse, curved, bend)
+        curve_float(out, terms, n, inverse, total, rest, curved, squared)
     else:
-        curve_double(out, terms, n, inverse, curved, bend)
+        curve_double(out, terms, n, inverse, total, rest, curved, squared)
 
 
-# Their Hessians, in the same way.
+# Their Hessians, in the same way: p (curved (1 - p) + squared p), where 1 - p is (S - e)/S with S in two numbers of the
+# dtype: the difference from the first is exact where it could cancel.
 cdef inline void curve_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = batch.n_classes, n_padded = padded(n_classes)
     cdef Py_ssize_t n_over = rows_before_end(n_classes, n)
     cdef int64_t* ids = batch.ids + first
-    cdef floating* at_target = <floating*>rows.partial
-    cdef floating* inverse = at_target + BLOCK_ROWS
-    cdef floating* curved = inverse + BLOCK_ROWS
-    cdef floating* bend = curved + BLOCK_ROWS
+    cdef floating[BLOCK_ROWS] at_target
+    cdef floating[BLOCK_ROWS] inverse
+    cdef floating[BLOCK_ROWS] total
+    cdef floating[BLOCK_ROWS] rest
+    cdef floating[BLOCK_ROWS] curved
+    cdef floating[BLOCK_ROWS] squared
+    cdef floating[SMALL_CLASSES] last
     cdef floating* hess
     cdef const floating* row_terms = terms
-    cdef double magnitude
+    cdef double whole, magnitude
     cdef Py_ssize_t r, t, n_special = 0
     cdef Curve curve
     for r in range(n):
         curve = curve_of(batch, rows, r)
+        whole = rows.others[r] + rows.at_target[r]
         at_target[r] = <floating>curve_at_target(&curve, rows, r, rows.miss[r])
         inverse[r] = <floating>curve.inverse
+        total[r] = <floating>whole
+        rest[r] = <floating>(whole - total[r])
         curved[r] = <floating>curve.curved
-        bend[r] = <floating>curve.bend
-        # As in is_normal_curve: 1/S is a normal number in every small row.
+        squared[r] = <floating>curve.squared
+    for r in range(n):      # 1/S is a normal number in every small row
+        curve = curve_of(batch, rows, r)
         magnitude = magnitude_of(curve.curved, curve.curved)
-        n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
-        magnitude = magnitude_of(curve.bend, curve.bend)
-        n_special += 0 if smallest_factor(terms) <= magnitude <= largest_factor(terms) else 1
-    if n_special or batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
+        n_special += 1 if magnitude < smallest_factor(terms) else 0
+        n_special += 1 if magnitude > largest_factor(terms) else 0
+    if batch.options.z_loss != 0.0:
+        for r in range(n):
+            curve = curve_of(batch, rows, r)
+            magnitude = magnitude_of(curve.squared, curve.squared)
+            n_special += 1 if magnitude < smallest_factor(terms) else 0
+            n_special += 1 if magnitude > largest_factor(terms) else 0
+    if batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n):
         hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
         t = ids[r]
-        if r < n_over:
-            curve_vectors(hess, row_terms, n_padded, inverse[r], curved[r], bend[r])
-        else:
+        if n_special:
             curve = curve_of(batch, rows, r)
-            curve_terms(hess, row_terms, n_classes, &curve)
+            curve_exactly(hess, row_terms, n_classes, &curve)
+        elif r < n_over:
+            curve_vectors(hess, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
+        else:
+            curve_vectors(last, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
+            memcpy(hess, last, n_classes * sizeof(floating))
         if t < 0:
             memset(hess, 0, n_classes * sizeof(floating))
         else:
@@ -399,19 +416,33 @@ cdef inline void curve_small_rows(
     curve_small_leaders(batch, rows, first, n, terms)
 
 
+# The probability from which on 1 - p of a class other than the target is summed without it: float32 has all of it
+# from S unless 21 bits cancel (S is off by 2^-49).
+cdef inline double leading(const floating* like) noexcept nogil:
+    if floating is float:
+        return 1.0 - 2.0**-21
+    else:
+        return 0.75
+
+
 # What curve_leader does for longer rows, from the terms. First a list of the rows that may have a leader: the branch
-# would be foretold wrongly in every second of them.
+# would be foretold wrongly.
 cdef inline void curve_small_leaders(
     const Batch* batch, const Scratch* rows, Py_ssize_t first, Py_ssize_t n, floating* terms
 ) noexcept nogil:
-    cdef uint8_t[BLOCK_ROWS] leading
+    cdef uint8_t[BLOCK_ROWS] may_lead
     cdef Py_ssize_t r, i, n_leading = 0
     cdef Curve curve
     for r in range(n):
-        leading[n_leading] = <uint8_t>r
-        n_leading += 1 if rows.largest_part[r] * rows.inverse[r] > 0.75 else 0
+        n_leading += 1 if rows.largest_part[r] * rows.inverse[r] > leading(terms) else 0
+    if n_leading == 0:
+        return
+    n_leading = 0
+    for r in range(n):
+        may_lead[n_leading] = <uint8_t>r
+        n_leading += 1 if rows.largest_part[r] * rows.inverse[r] > leading(terms) else 0
     for i in range(n_leading):
-        r = leading[i]
+        r = may_lead[i]
         curve = curve_of(batch, rows, r)
         curve_small_leader(
             <floating*>(batch.hess + (first + r) * batch.hess_stride), terms + r * batch.n_classes, batch.n_classes,
@@ -419,22 +450,19 @@ cdef inline void curve_small_leaders(
         )
 
 
-# 1 - p of the leader is what the others have: in float32 the sum without it, unless more than that many digits cancel
-# (`others` is off by 2^-49), else summed.
+# 1 - p of the leader is what the others have, summed without it.
 cdef inline void curve_small_leader(
     floating* hess, floating* terms, Py_ssize_t n_classes, Py_ssize_t t, const Scratch* rows, Py_ssize_t r,
     const Curve* curve,
 ) noexcept nogil:
     cdef double[SMALL_LANES] lanes
     cdef double p, rest, total = rows.others[r] + rows.at_target[r]
-    cdef Py_ssize_t leader = above(terms, n_classes, t, <floating>(0.75 * total))
+    cdef Py_ssize_t leader = above(terms, n_classes, t, <floating>(leading(terms) * total))
     if leader == n_classes:
         return
-    rest = (rows.others[r] - terms[leader]) + rows.at_target[r]
-    if floating is double or rest < 2.0**-22 * total:
-        terms[t] = 0        # it is e_t, or 0 where the row was taken by itself
-        sum_lanes(terms, n_classes, leader, lanes)
-        rest = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rows.at_target[r]
+    terms[t] = 0        # it is e_t, or 0 where the row was taken by itself
+    sum_lanes(terms, n_classes, leader, lanes)
+    rest = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rows.at_target[r]
     p = terms[leader] * curve.inverse
     hess[leader] = <floating>(p * (curve.curved * (rest * curve.inverse) + curve.squared * p))
 

@@ -324,6 +324,7 @@ FASTCE_ABOVE(double, int64_t)
 #define FASTCE_ALL(x, suffix) FASTCE_OP(set1, suffix)(x)
 #define FASTCE_MULTIPLY(a, b, suffix) FASTCE_OP(mul, suffix)(a, b)
 #define FASTCE_SUBTRACT(a, b, suffix) FASTCE_OP(sub, suffix)(a, b)
+#define FASTCE_ADD(a, b, suffix) FASTCE_OP(add, suffix)(a, b)
 #ifdef __FP_FAST_FMA
 #define FASTCE_MULTIPLY_ADD(a, b, c, suffix) FASTCE_OP(fmadd, suffix)(a, b, c)
 #else
@@ -377,6 +378,7 @@ static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #define FASTCE_ALL(x, suffix) (x)
 #define FASTCE_MULTIPLY(a, b, suffix) ((a) * (b))
 #define FASTCE_SUBTRACT(a, b, suffix) ((a) - (b))
+#define FASTCE_ADD(a, b, suffix) ((a) + (b))
 #define FASTCE_LARGER(a, b, suffix) ((a) > (b) ? (a) : (b))
 #define FASTCE_SMALLER(a, b, suffix) ((a) < (b) ? (a) : (b))
 #define FASTCE_LARGEST_LANE(x, suffix) (x)
@@ -390,7 +392,7 @@ static inline void fastce_stream_fence(void) {}
 /* shift: out = terms * factor + shift. stream: the same past the caches, out at a 64-byte boundary and n whole lines: a
    gradient that does not fit the caches is not read into them first (8 instead of 12 bytes of memory traffic per float32
    element), nor are the logits thrown out for it. weigh: out = terms * push + mass * pull. curve: with p = terms *
-   inverse, out = p * (p * bend + curved). lower: out = (z - first) - second. n is a multiple of 16. */
+   inverse and miss = ((total - terms) + rest) * inverse, out = p * (curved * miss + squared * p). lower: out = (z - first) - second. n is a multiple of 16. */
 #define FASTCE_VECTORS(type, suffix)                                                                                  \
     static inline void fastce_shift_##type(type *out, const type *terms, ptrdiff_t n, type factor, type shift)        \
     {                                                                                                                 \
@@ -415,14 +417,16 @@ static inline void fastce_stream_fence(void) {}
         }                                                                                                             \
     }                                                                                                                 \
     static inline void fastce_curve_##type(                                                                           \
-        type *out, const type *terms, ptrdiff_t n, type inverse, type curved, type bend)                              \
+        type *out, const type *terms, ptrdiff_t n, type inverse, type total, type rest, type curved, type squared)    \
     {                                                                                                                 \
         for (ptrdiff_t i = 0; i < n; i += FASTCE_STEP(type)) {                                                        \
-            __typeof__(FASTCE_ALL(inverse, suffix)) p =                                                               \
-                FASTCE_MULTIPLY(FASTCE_LOAD(terms + i, suffix), FASTCE_ALL(inverse, suffix), suffix);                 \
-            FASTCE_STORE(out + i, FASTCE_MULTIPLY(p, FASTCE_MULTIPLY_ADD(p, FASTCE_ALL(bend, suffix),                 \
-                                                                         FASTCE_ALL(curved, suffix), suffix), suffix), \
-                         suffix);                                                                                     \
+            __typeof__(FASTCE_ALL(inverse, suffix)) e = FASTCE_LOAD(terms + i, suffix), p, miss;                      \
+            p = FASTCE_MULTIPLY(e, FASTCE_ALL(inverse, suffix), suffix);                                              \
+            miss = FASTCE_ADD(FASTCE_SUBTRACT(FASTCE_ALL(total, suffix), e, suffix), FASTCE_ALL(rest, suffix), suffix); \
+            miss = FASTCE_MULTIPLY(miss, FASTCE_ALL(inverse, suffix), suffix);                                        \
+            miss = FASTCE_MULTIPLY_ADD(miss, FASTCE_ALL(curved, suffix),                                              \
+                                       FASTCE_MULTIPLY(p, FASTCE_ALL(squared, suffix), suffix), suffix);              \
+            FASTCE_STORE(out + i, FASTCE_MULTIPLY(p, miss, suffix), suffix);                                          \
         }                                                                                                             \
     }                                                                                                                 \
     static inline void fastce_lower_##type(type *out, const type *z, ptrdiff_t n, type first, type second)            \
