@@ -569,7 +569,9 @@ def plain_cross_entropy(
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
             return None
-        divisor = total_weight(&batch, NULL if weight is None else row_weights) if has_weights(&batch) else n_live
+        divisor = n_live
+        if has_weights(&batch):
+            divisor = total_weight(&batch, NULL if weight is None else row_weights, n_live == n_rows)
         if denominator is not None:
             divisor = denominator
         if mean and divisor == 0.0:
@@ -631,7 +633,11 @@ cdef inline bint is_apart_from(array, out, hess) noexcept:
 
 # Rows of sample weight 0 are skipped like ignored ones.
 cdef void skip_weightless(Batch* batch) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, n_weightless = 0
+    for i in range(batch.n_rows):
+        n_weightless += 1 if batch.sample_weight[i] == 0.0 else 0
+    if n_weightless == 0:
+        return
     for i in range(batch.n_rows):
         batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
 
@@ -755,11 +761,12 @@ def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
     batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
-    return total_weight(&batch, NULL)
+    return total_weight(&batch, NULL, False)
 
 
-# The sum of the live rows' weights; `kept`, if there is room, gets the weights, 0 of the others.
-cdef double total_weight(const Batch* batch, double* kept) noexcept nogil:
+# The sum of the live rows' weights (`all_live`: of all rows); `kept`, which goes with class weights, gets them, 0 of the
+# others.
+cdef double total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
     cdef double[256] part
     cdef double[2] total
     cdef double* live = part
@@ -772,9 +779,11 @@ cdef double total_weight(const Batch* batch, double* kept) noexcept nogil:
         if kept != NULL:
             live = kept + start
         weights = weights_of(batch, start, n, live)
-        for i in range(n):
-            live[i] = 0.0 if batch.ids[start + i] < 0 else weights[i]
-        add_chunk(total, pairwise_sum(live, n))
+        if not all_live:
+            for i in range(n):
+                live[i] = 0.0 if batch.ids[start + i] < 0 else weights[i]
+            weights = live
+        add_chunk(total, pairwise_sum(weights, n))
     return total[0] + total[1]
 
 
