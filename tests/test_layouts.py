@@ -480,7 +480,7 @@ def test_the_loss_alone_equals_the_loss_with_the_gradient(dtype):
             assert_same_bits(alone, with_gradient, shape)
 
 
-@pytest.mark.parametrize("classes", [50, 1001, 5003, 40_001])
+@pytest.mark.parametrize("classes", [3, 50, 1001, 5003, 40_001])
 def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, rng):
     # From 16 MB on a gradient is written past the caches, by whole lines; written over the logits it never is.
     rows = (1 << 24) // (classes * np.dtype(dtype).itemsize) + 7
@@ -492,6 +492,31 @@ def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, r
     in_place, _ = fastce.cross_entropy_with_grad(logits, targets, out=logits)
     assert loss == in_place
     np.testing.assert_array_equal(out, logits)
+    assert np.isnan(buffer[[0, -2, -1]]).all()
+
+
+@pytest.mark.parametrize("kind", ["ids", "distributions"])
+def test_options_on_short_rows_too_large_for_the_caches_have_the_same_bits(kind, dtype, rng):
+    # Ignored rows or such of weight 0, classes that do not exist, and a factor beyond the dtype in some blocks.
+    classes = 10
+    rows = (1 << 24) // (classes * np.dtype(dtype).itemsize) + 7
+    logits = np.tile(rng.normal(0, 3, (7, classes)).astype(dtype), (rows // 7 + 1, 1))[:rows]
+    shown = np.arange(classes) != 4
+    factors = np.ones(rows)
+    factors[rows // 2] = 1e-44
+    options = {"reduction": "none", "grad_output": factors, "class_mask": shown}
+    if kind == "ids":
+        targets = rng.choice(np.flatnonzero(shown), rows)
+        targets[rng.random(rows) < 0.1] = -100
+    else:
+        targets = rng.random((rows, classes)).astype(dtype) * shown.astype(dtype)
+        options["sample_weight"] = (rng.random(rows) > 0.1).astype(float)
+    buffer = np.full(rows * classes + 3, np.nan, dtype)
+    out = buffer[1 : 1 + rows * classes].reshape(rows, classes)
+    losses, _ = fastce.cross_entropy_with_grad(logits, targets, out=out, **options)
+    in_place, _ = fastce.cross_entropy_with_grad(logits, targets, out=logits, **options)
+    assert_same_bits(losses, in_place)
+    assert_same_bits(out, logits)
     assert np.isnan(buffer[[0, -2, -1]]).all()
 
 

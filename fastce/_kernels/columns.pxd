@@ -8,9 +8,12 @@ from fastce._kernels.block cimport (
     Scratch,
     finish_rows,
     is_normal,
+    largest_factor,
     load_scales,
+    magnitude_of,
     put_losses,
     scale_terms,
+    smallest_factor,
     stream_piece,
     terms_of,
 )
@@ -18,16 +21,23 @@ from fastce._kernels.lanes cimport prefetch, sum_limit
 from fastce._kernels.small cimport SMALL_CLASSES, small_shift, small_sum_low, take_small_row
 from fastce._kernels.vexp cimport ExpWindow, exp_shifted, exp_window, floating, run_time_value
 
+cdef extern from "target.h" nogil:
+    void sum_columns_float "fastce_sum_columns_float" (
+        const float* tile, Py_ssize_t width, Py_ssize_t n_classes, Py_ssize_t n, double* sums
+    )
+    void sum_columns_double "fastce_sum_columns_double" (
+        const double* tile, Py_ssize_t width, Py_ssize_t n_classes, Py_ssize_t n, double* sums
+    )
+
 cdef enum:
-    COLUMN_LANES = 8        # of small.pxd's sums before they are folded
     # How many classes ahead logits are asked for: a piece of 128 logits is too short for the processor to notice that
     # it is read in order. No more, for classes a power of two apart share the same 8 places of the caches.
     COLUMNS_AHEAD = 4
 
 
-# Elements of working memory: the block's terms, class by class, and float64 lanes of its sums.
+# Elements of working memory: the block's terms, class by class.
 cdef inline Py_ssize_t column_terms(Py_ssize_t n_classes) noexcept nogil:
-    return BLOCK_ROWS * (n_classes + 2 * COLUMN_LANES)
+    return BLOCK_ROWS * n_classes
 
 
 # Rows [first, first + n), n <= BLOCK_ROWS: row r's class c lies r elements and c * stride bytes behind x, its gradient
@@ -40,7 +50,7 @@ cdef inline void take_columns(
     cdef floating* terms = <floating*>terms_of(rows)
     cdef int64_t* ids = batch.ids + first
     cdef double total
-    cdef Py_ssize_t c, r, t
+    cdef Py_ssize_t c, r, t, n_outside = 0
     cdef ExpWindow window = exp_window(like, run_time_value(small_shift(like)), 0.0)
     for c in range(batch.n_classes):
         ask_for_column(x, stride, c + COLUMNS_AHEAD, batch.n_classes, n * sizeof(floating))
@@ -59,8 +69,11 @@ cdef inline void take_columns(
             rows.at_target[r] = terms[t * BLOCK_ROWS + r]
             rows.z_target[r] = (<const floating*>(x + t * stride))[r]
             terms[t * BLOCK_ROWS + r] = 0
-    sum_columns(terms, batch.n_classes, n, <double*>(terms + BLOCK_ROWS * batch.n_classes), rows.others)
+    sum_columns(terms, batch.n_classes, n, rows.others)
     for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
+    for r in range(n if n_outside else 0):
         total = rows.others[r] + rows.at_target[r]
         if not small_sum_low(like) <= total < sum_limit(like):
             take_lone_column(terms + r, batch.n_classes, ids[r], rows, r, x + r * sizeof(floating), stride)
@@ -89,27 +102,12 @@ cdef inline void exp_column(const floating* x, floating* terms, Py_ssize_t n, co
         terms[r] = exp_shifted(x[r], 0, low, high, magic)
 
 
-# The sums over the classes of a tile, one a row; `lanes` is room for COLUMN_LANES * BLOCK_ROWS of them.
-cdef inline void sum_columns(
-    const floating* tile, Py_ssize_t n_classes, Py_ssize_t n, double* lanes, double* sums
-) noexcept nogil:
-    cdef double* lane
-    cdef const floating* column
-    cdef Py_ssize_t c, r
-    for r in range(BLOCK_ROWS * COLUMN_LANES):
-        lanes[r] = 0.0
-    for c in range(n_classes):
-        lane = lanes + c % COLUMN_LANES * BLOCK_ROWS
-        column = tile + c * BLOCK_ROWS
-        for r in range(n):
-            lane[r] += column[r]
-    for r in range(n):
-        sums[r] = (
-            (lanes[r] + lanes[4 * BLOCK_ROWS + r]) + (lanes[BLOCK_ROWS + r] + lanes[5 * BLOCK_ROWS + r])
-        ) + (
-            (lanes[2 * BLOCK_ROWS + r] + lanes[6 * BLOCK_ROWS + r])
-            + (lanes[3 * BLOCK_ROWS + r] + lanes[7 * BLOCK_ROWS + r])
-        )
+# The sums over the classes of a tile, one a row.
+cdef inline void sum_columns(const floating* tile, Py_ssize_t n_classes, Py_ssize_t n, double* sums) noexcept nogil:
+    if floating is float:
+        sum_columns_float(tile, BLOCK_ROWS, n_classes, n, sums)
+    else:
+        sum_columns_double(tile, BLOCK_ROWS, n_classes, n, sums)
 
 
 # A row that leaves the common window goes its own way.
@@ -131,15 +129,17 @@ cdef inline void write_columns(
     floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows, char* out,
     Py_ssize_t out_stride, bint streamed,
 ) noexcept nogil:
-    cdef floating* factor = <floating*>rows.partial
-    cdef floating* pull = factor + BLOCK_ROWS
-    cdef double both
+    cdef floating[BLOCK_ROWS] factor
+    cdef floating[BLOCK_ROWS] pull
+    cdef double both, magnitude
     cdef Py_ssize_t c, r, n_special = 0
     for r in range(n):
         both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
         pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
-        n_special += 0 if is_normal(terms, rows.scale[r], rows.inverse[r]) else 1
+        magnitude = magnitude_of(both, rows.scale[r])
+        n_special += 1 if magnitude < smallest_factor(terms) else 0
+        n_special += 1 if magnitude > largest_factor(terms) else 0
     if streamed and not n_special:
         for c in range(n_classes):
             scale_column(terms + c * BLOCK_ROWS, terms + c * BLOCK_ROWS, factor, n)

@@ -13,6 +13,7 @@ from fastce._kernels.block cimport (
     largest_factor,
     magnitude_of,
     smallest_factor,
+    stream_piece,
 )
 from fastce._kernels.general cimport (
     LOG_SOFTMAX,
@@ -99,6 +100,9 @@ cdef inline void take_short_rows(
     cdef Py_ssize_t r
     cdef floating* terms = <floating*>behind(own)
     cdef floating* chain = terms + 2 * BUFFER
+    cdef floating* out
+    cdef floating* place
+    cdef bint streamed
     cdef Side z = gather_logits(batch, own, chain, first, n)
     cdef Side mass
     find_largest(batch, own, &z, n, like)
@@ -126,8 +130,13 @@ cdef inline void take_short_rows(
     if batch.hess != NULL:
         write_short_hessians(batch, own, terms, first, n)
     if batch.out != NULL:
-        write_short_gradients(batch, own, &mass, terms, first, n)
-        finish_gradients(batch, own, chain, first, n)
+        out = <floating*>(batch.out + first * batch.out_stride)
+        streamed = batch.stream and batch.out_stride == batch.n_classes * <Py_ssize_t>sizeof(floating)
+        place = <floating*>rows.gathered if streamed else out    # as in write_small_rows
+        write_short_gradients(batch, own, &mass, terms, place, streamed, n)
+        finish_gradients(batch, own, chain, place, first, n)
+        if streamed:
+            stream_piece(out, place, n * batch.n_classes)
 
 
 # ---- the block's logits and mass -------------------------------------------------------------------------------------
@@ -402,7 +411,7 @@ cdef inline void add_entries(
 # A row is written in whole vectors that run over into the next one, which is written after it; the last rows, where
 # that would leave the block, and rows whose factors are not normal numbers are written exactly.
 cdef inline void write_short_gradients(
-    const Batch* batch, Own* own, const Side* mass, const floating* terms, Py_ssize_t first, Py_ssize_t n
+    const Batch* batch, Own* own, const Side* mass, const floating* terms, floating* place, bint streamed, Py_ssize_t n
 ) noexcept nogil:
     cdef Scratch* rows = &own.rows
     cdef Py_ssize_t n_classes = batch.n_classes, r, n_special = 0, n_padded = padded(n_classes)
@@ -427,10 +436,12 @@ cdef inline void write_short_gradients(
             magnitude = magnitude_of(own.factor[r], own.factor[r])
             n_special += 1 if magnitude < smallest_factor(terms) else 0
             n_special += 1 if magnitude > largest_factor(terms) else 0
+    if streamed:
+        n_over = n
     if n_special or batch.out_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n):
-        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        out = <floating*>(<char*>place + r * batch.out_stride)
         if own.argmax[r] < 0:
             memset(out, 0, n_classes * sizeof(floating))
         else:
@@ -450,7 +461,7 @@ cdef inline void write_short_gradients(
 
 # What options still do to the gradients: entries, a cap, a mask.
 cdef inline void finish_gradients(
-    const Batch* batch, const Own* own, const floating* chain, Py_ssize_t first, Py_ssize_t n
+    const Batch* batch, const Own* own, const floating* chain, floating* place, Py_ssize_t first, Py_ssize_t n
 ) noexcept nogil:
     cdef floating* out
     cdef Py_ssize_t r
@@ -459,7 +470,7 @@ cdef inline void finish_gradients(
     for r in range(n):
         if own.argmax[r] < 0:
             continue
-        out = <floating*>(batch.out + (first + r) * batch.out_stride)
+        out = <floating*>(<char*>place + r * batch.out_stride)
         correct_piece(batch, own, first + r, r, 0, out, batch.n_classes)
         if batch.transform.cap != 0.0:
             multiply(out, chain + r * batch.n_classes, batch.n_classes)

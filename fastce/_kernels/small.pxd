@@ -29,6 +29,7 @@ from fastce._kernels.block cimport (
     scale_terms,
     shift_of,
     smallest_factor,
+    stream_piece,
     terms_of,
 )
 from fastce._kernels.lanes cimport LANES, SUM_BLOCK, exp_terms, larger, larger_of, smaller, sum_limit
@@ -285,7 +286,8 @@ cdef inline Py_ssize_t rows_before_end(Py_ssize_t n_classes, Py_ssize_t n) noexc
 
 
 # The gradients of a block of small rows. A row is written in whole vectors that run over into the next row, which is
-# written after it; the last rows, where that would leave the block, and rows apart are written exactly.
+# written after it; the last rows, where that would leave the block, and rows apart are written exactly. Streamed blocks
+# are finished in a buffer, where nothing lies behind them, so that each line leaves once.
 cdef inline void write_small_rows(
     const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n, const floating* terms
 ) noexcept nogil:
@@ -298,7 +300,10 @@ cdef inline void write_small_rows(
     cdef floating[BLOCK_ROWS] pull
     cdef floating[BLOCK_ROWS] shift
     cdef double both, magnitude, share = batch.options.share
-    cdef floating* row = out
+    cdef bint apart = out_stride != n_classes * <Py_ssize_t>sizeof(floating)
+    cdef bint streamed = batch.stream and not apart
+    cdef floating* place = <floating*>rows.gathered if streamed else out
+    cdef floating* row = place
     for r in range(n):
         both = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
         factor[r] = <floating>both
@@ -312,7 +317,9 @@ cdef inline void write_small_rows(
             magnitude = magnitude_of(rows.scale[r] * share, rows.scale[r])
             n_special += 1 if magnitude < smallest_factor(out) else 0
             n_special += 1 if magnitude > largest_factor(out) else 0
-    if n_special or out_stride != n_classes * <Py_ssize_t>sizeof(floating):
+    if streamed:
+        n_over = n
+    if n_special or apart:
         n_over = 0
     for r in range(n_over):
         shift_vectors(row, terms, n_padded, factor[r], shift[r])
@@ -320,7 +327,7 @@ cdef inline void write_small_rows(
         terms += n_classes
         row += n_classes
     for r in range(n_over, n):
-        row = <floating*>(<char*>out + r * out_stride)
+        row = <floating*>(<char*>place + r * out_stride)
         if ids[r] < 0:
             memset(row, 0, n_classes * sizeof(floating))
         else:
@@ -329,9 +336,11 @@ cdef inline void write_small_rows(
         terms += n_classes
     if batch.options.transform.mask != NULL:
         for r in range(n):
-            row = <floating*>(<char*>out + r * out_stride)
+            row = <floating*>(<char*>place + r * out_stride)
             if ids[r] >= 0:
                 hide_classes(mask_of(batch, first + r), row, n_classes, rows, r, ids[r])
+    if streamed:
+        stream_piece(out, place, n * n_classes)
 
 
 cdef inline void shift_vectors(

@@ -220,7 +220,8 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 
 /* lanes: of a row without element t. below: of top - x. products: of a * (top - x), where a = 0 beats an infinite
    difference. row: all that a general row needs, without element t, where x is `top`: of its terms e, of its mass a and
-   of a * (top - x) unless a is NULL, of e * (top - x) if asked for. */
+   of a * (top - x) unless a is NULL, of e * (top - x) if asked for. columns: of n rows that lie side by side, one class
+   `width` elements behind the other; `sums` has room for the lanes of the last vector. */
 #define FASTCE_SUM(type)                                                                                              \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
@@ -279,6 +280,20 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
                 sum[part % FASTCE_SUMS] += fastce_where(taken, top - fastce_widened_##type(row + i + part * FASTCE_LANES)); \
             }                                                                                                         \
         fastce_fold(sum, lanes);                                                                                      \
+    }                                                                                                                 \
+    static inline void fastce_sum_columns_##type(                                                                     \
+        const type *tile, ptrdiff_t width, ptrdiff_t n_classes, ptrdiff_t n, double *sums)                            \
+    {                                                                                                                 \
+        for (ptrdiff_t r = 0; r < n; r += FASTCE_LANES) {                                                             \
+            fastce_lanes lane[8] = {{0}}, sum;                                                                        \
+            const type *column = tile + r;                                                                            \
+            for (ptrdiff_t left = n_classes; left > 0; left -= 8, column += 8 * width)                                \
+                for (int l = 0; l < 8; l++)                                                                           \
+                    if (l < left)                                                                                     \
+                        lane[l] += fastce_widened_##type(column + l * width);                                         \
+            sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));          \
+            memcpy(sums + r, &sum, sizeof sum);                                                                       \
+        }                                                                                                             \
     }
 FASTCE_SUM(float)
 FASTCE_SUM(double)
