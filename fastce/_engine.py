@@ -277,7 +277,8 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
         if "statistics" in arrays:
             arrays["statistics"] = tuple(array[part] for array in per_row["statistics"])
         soft.soft_rows(
-            rows, losses[part], memory, num_threads, distribution=targets, out=grads, hess=curves, **arrays, **constants
+            rows, losses[part], memory, num_threads, distribution=targets, out=grads, hess=curves,
+            out_bytes=walk.out_bytes, **arrays, **constants,
         )
 
 
@@ -393,7 +394,7 @@ def log_softmax_rows(logits, out, lse, num_threads):
     walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS))
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows,), (values,) in walk:
-        soft.log_softmax_rows(rows, values, part_of(lse, part), memory, num_threads)
+        soft.log_softmax_rows(rows, values, part_of(lse, part), walk.out_bytes, memory, num_threads)
 
 
 def computing_dtype(dtype):
@@ -459,6 +460,8 @@ class Walk:
         self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
         through = [array is not None and rows is None for array, rows in zip(self.arrays, self.rows, strict=True)]
         self.where_they_lie = not any(through)
+        # The size of the first output, 0 unless it stays where it is: kernels see a part of it.
+        self.out_bytes = 0 if self.rows[len(inputs)] is None else outputs[0].nbytes
         self.step = min(n_rows, slab if self.where_they_lie else max(1, BUFFER_ELEMENTS // n_classes))
         self.buffers: list[np.ndarray | None] = [None] * len(self.arrays)
         if self.where_they_lie:

@@ -47,6 +47,7 @@ cdef struct Batch:
     bint stream             # the gradient is too large for the caches and not written over the logits
     char* out
     Py_ssize_t out_stride
+    Py_ssize_t out_bytes    # of the call's whole gradient
     char* hess
     Py_ssize_t hess_stride
     double* lse

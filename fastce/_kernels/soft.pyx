@@ -703,7 +703,8 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     cdef char* memory = next_line(batch.memory)
     cdef Py_ssize_t task
     cdef int team = team_for(plan.num_threads)
-    batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
+    cdef Py_ssize_t n_bytes = larger(batch.out_bytes, batch.n_rows * batch.n_classes * sizeof(floating))
+    batch.stream = is_streamed(n_bytes, batch.out, batch.logits)
     if batch.base != NULL:
         memory += place_base(batch, <floating*>memory)
     if team == 1:
@@ -785,14 +786,15 @@ cdef void take_batch_of(Batch* batch, bint single, int num_threads) noexcept nog
 def soft_rows(
     cnp.ndarray logits, cnp.ndarray losses, memory, int num_threads, *, indices=None, values=None, distribution=None,
     weight=None, sample_weight=None, double smoothing=0.0, base=None, double logit_scale=1.0,
-    double cap=0.0, mask=None, double z_loss=0.0, double scale=1.0, scales=None, out=None, hess=None, statistics=None,
+    double cap=0.0, mask=None, double z_loss=0.0, double scale=1.0, scales=None, out=None, Py_ssize_t out_bytes=0,
+    hess=None, statistics=None,
 ):
     """Fill `losses` (N,) float64 and, unless None, `out` and `hess` (N, C) in the logits' dtype.
 
     Rows of `logits`, `distribution`, `out` and `hess` (N, C) are contiguous, native and of one dtype; `indices` (N, m)
     int64 with `values` (N, m) float64 or None (all 1); a negative first index, or `sample_weight` 0, leaves a row out.
     `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) is
-    uint8. `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
+    uint8. `out_bytes` is the size of what `out` is a part of. `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
     """
     cdef Batch batch = batch_of(logits, data_of(memory))
     batch.losses = <double*>cnp.PyArray_DATA(losses)
@@ -815,6 +817,7 @@ def soft_rows(
     batch.scales = <double*>data_of(scales)
     batch.out = data_of(out)
     batch.out_stride = stride_of(out)
+    batch.out_bytes = out_bytes
     batch.hess = data_of(hess)
     batch.hess_stride = stride_of(hess)
     if statistics is not None:
@@ -1023,12 +1026,13 @@ cdef void fill_newton_piece(
             hess[i] = <float>(factor * size * (1.0 - size) * weights[i])
 
 
-def log_softmax_rows(cnp.ndarray logits, out, lse, memory, int num_threads):
-    """Fill, unless None, `out` (N, C) with log_softmax and `lse` (N,) float64 with logsumexp."""
+def log_softmax_rows(cnp.ndarray logits, out, lse, Py_ssize_t out_bytes, memory, int num_threads):
+    """Fill, unless None, `out` (N, C), of `out_bytes` in all, with log_softmax and `lse` (N,) float64 with logsumexp."""
     cdef Batch batch = batch_of(logits, data_of(memory))
     batch.kind = LOG_SOFTMAX
     batch.out = data_of(out)
     batch.out_stride = stride_of(out)
+    batch.out_bytes = out_bytes
     batch.lse = <double*>data_of(lse)
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
 
