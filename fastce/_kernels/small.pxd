@@ -377,10 +377,10 @@ cdef inline void curve_small_rows(
     cdef floating[BLOCK_ROWS] curved
     cdef floating[BLOCK_ROWS] squared
     cdef floating[SMALL_CLASSES] last
-    cdef floating* hess
+    cdef floating* hess = <floating*>(batch.hess + first * batch.hess_stride)
     cdef const floating* row_terms = terms
     cdef double whole, magnitude
-    cdef Py_ssize_t r, t, n_special = 0
+    cdef Py_ssize_t r, n_special = 0
     cdef Curve curve
     for r in range(n):
         curve = curve_of(batch, rows, r)
@@ -402,26 +402,30 @@ cdef inline void curve_small_rows(
             magnitude = magnitude_of(curve.squared, curve.squared)
             n_special += 1 if magnitude < smallest_factor(terms) else 0
             n_special += 1 if magnitude > largest_factor(terms) else 0
-    if batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
+    if n_special or batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
-    for r in range(n):
+    for r in range(n_over):
+        curve_vectors(hess, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
+        hess[ids[r] if ids[r] > 0 else 0] = at_target[r]       # 0.0 for an ignored row, as all of it
+        row_terms += n_classes
+        hess += n_classes
+    for r in range(n_over, n):
         hess = <floating*>(batch.hess + (first + r) * batch.hess_stride)
-        t = ids[r]
-        if n_special:
-            curve = curve_of(batch, rows, r)
-            curve_exactly(hess, row_terms, n_classes, &curve)
-        elif r < n_over:
-            curve_vectors(hess, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
-        else:
-            curve_vectors(last, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
-            memcpy(hess, last, n_classes * sizeof(floating))
-        if t < 0:
+        if ids[r] < 0:
             memset(hess, 0, n_classes * sizeof(floating))
         else:
-            hess[t] = at_target[r]
-            if batch.options.transform.mask != NULL:
-                hide(mask_of(batch, first + r), hess, n_classes)
+            if n_special:
+                curve = curve_of(batch, rows, r)
+                curve_exactly(hess, row_terms, n_classes, &curve)
+            else:
+                curve_vectors(last, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])
+                memcpy(hess, last, n_classes * sizeof(floating))
+            hess[ids[r]] = at_target[r]
         row_terms += n_classes
+    if batch.options.transform.mask != NULL:
+        for r in range(n):
+            if ids[r] >= 0:
+                hide(mask_of(batch, first + r), <floating*>(batch.hess + (first + r) * batch.hess_stride), n_classes)
     curve_small_leaders(batch, rows, first, n, terms)
 
 
