@@ -72,6 +72,7 @@ cdef struct Scratch:
     double[BLOCK_ROWS] miss             # others/S = 1 - p_t
     double[BLOCK_ROWS] loss
     double[BLOCK_ROWS * SMALL_LANES] partial
+    double[BLOCK_ROWS * SMALL_LANES] below          # of the differences that make up linear, in small rows
     double[BLOCK_ROWS] largest_part     # of the sums that make up others, in small rows: no term is larger
     double[BLOCK_ELEMENTS + SUM_BLOCK] gathered   # small rows side by side, when they do not lie so
     uint8_t[BLOCK_ELEMENTS] masks                 # theirs

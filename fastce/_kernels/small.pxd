@@ -40,8 +40,12 @@ from fastce._kernels.vexp cimport ExpWindow, exp_window, floating, run_time_valu
 cdef extern from "target.h" nogil:
     void sum_lanes_float "fastce_sum_lanes_float" (const float* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
     void sum_lanes_double "fastce_sum_lanes_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double* lanes)
-    void sum_below_float "fastce_sum_below_float" (const float* row, Py_ssize_t n, double top, double* lanes)
-    void sum_below_double "fastce_sum_below_double" (const double* row, Py_ssize_t n, double top, double* lanes)
+    void sum_both_float "fastce_sum_both_float" (
+        const float* row, const float* x, Py_ssize_t n, Py_ssize_t t, double top, double* lanes, double* below
+    )
+    void sum_both_double "fastce_sum_both_double" (
+        const double* row, const double* x, Py_ssize_t n, Py_ssize_t t, double top, double* lanes, double* below
+    )
     Py_ssize_t above_float "fastce_above_float" (const float* row, Py_ssize_t n, Py_ssize_t t, float least)
     Py_ssize_t above_double "fastce_above_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double least)
     void curve_float "fastce_curve_float" (
@@ -69,13 +73,16 @@ cdef inline void take_small_rows(
     cdef floating* terms = <floating*>terms_of(rows)
     cdef const floating* x = gather_rows(batch, rows, first, n, like)
     cdef int64_t* ids = batch.ids + first
-    cdef Py_ssize_t r, n_ignored = sum_by_one_shift(x, terms, n_classes, ids, n, rows)
+    cdef Py_ssize_t r, n_ignored
+    exp_by_one_shift(x, terms, n_classes, n, rows)
+    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, batch.options.share != 0.0, rows)
+    take_rows_apart(x, terms, n_classes, ids, n, rows)
     load_scales(batch, rows, first, n)
     if n_ignored:
         for r in range(n):      # an ignored row's gradient is 0 whatever its factor, nan included
             rows.scale[r] = 0.0 if ids[r] < 0 else rows.scale[r]
     if batch.options.share != 0.0:
-        sum_small_below(&batch.options, x, n_classes, ids, n, rows)
+        fold_below(&batch.options, x, n_classes, ids, n, rows)
     finish_rows(rows, n)
     if batch.options.z_loss != 0.0:
         for r in range(n):
@@ -89,17 +96,6 @@ cdef inline void take_small_rows(
         write_small_rows(batch, rows, first, n, terms)
     if batch.hess != NULL:
         curve_small_rows(batch, rows, first, n, terms)
-
-
-# The sums of n rows that lie side by side. Returns how many are ignored.
-cdef inline Py_ssize_t sum_by_one_shift(
-    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
-) noexcept nogil:
-    cdef Py_ssize_t n_ignored
-    exp_by_one_shift(x, terms, n_classes, n, rows)
-    n_ignored = sum_small_rows(x, terms, n_classes, ids, n, rows)
-    take_rows_apart(x, terms, n_classes, ids, n, rows)
-    return n_ignored
 
 
 # One sweep of exponentials over n rows that lie side by side, with one shift for all (2^50: exact for rows whose sum
@@ -197,17 +193,27 @@ cdef inline void take_small_row(
 # over the lanes of many rows. Loads run up to 15 elements past a row's end, into the next row or the slack behind the
 # block.
 cdef inline Py_ssize_t sum_small_rows(
-    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
+    const floating* x, floating* terms, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, bint with_below,
+    Scratch* rows,
 ) noexcept nogil:
+    cdef floating[SMALL_CLASSES] last
     cdef double* p = rows.partial
-    cdef floating* row
-    cdef Py_ssize_t r, i, t, n_ignored = 0
+    cdef const floating* row = terms
+    cdef const floating* z = x
+    cdef Py_ssize_t r, i, t, n_ignored = 0, n_over = rows_before_end(n_classes, n)
     for r in range(n):
-        row = terms + r * n_classes
         t = larger(ids[r], 0)
         rows.at_target[r] = row[t]
-        rows.z_target[r] = x[r * n_classes + t]
-        sum_lanes(row, n_classes, t, p + r * SMALL_LANES)
+        rows.z_target[r] = z[t]
+        if not with_below:
+            sum_lanes(row, n_classes, t, p + r * SMALL_LANES)
+        elif r < n_over:
+            sum_both(row, z, n_classes, t, p + r * SMALL_LANES, rows.below + r * SMALL_LANES)
+        else:       # nothing is read beyond the logits
+            memcpy(last, z, n_classes * sizeof(floating))
+            sum_both(row, <const floating*>last, n_classes, t, p + r * SMALL_LANES, rows.below + r * SMALL_LANES)
+        row += n_classes
+        z += n_classes
     for r in range(n):
         i = r * SMALL_LANES
         rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
@@ -247,19 +253,22 @@ cdef inline void sum_lanes(const floating* row, Py_ssize_t n, Py_ssize_t t, doub
         sum_lanes_double(row, n, t, lanes)
 
 
-# Smoothing's part of the losses: share * sum(z_t - z_c). The last rows are copied: nothing is read beyond the logits.
-cdef inline void sum_small_below(
+cdef inline void sum_both(
+    const floating* row, const floating* x, Py_ssize_t n, Py_ssize_t t, double* lanes, double* below
+) noexcept nogil:
+    if floating is float:
+        sum_both_float(row, x, n, t, x[t], lanes, below)
+    else:
+        sum_both_double(row, x, n, t, x[t], lanes, below)
+
+
+# Smoothing's part of the losses, share * sum(z_t - z_c), from its lanes.
+cdef inline void fold_below(
     const Options* options, const floating* z, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
 ) noexcept nogil:
-    cdef floating[SMALL_CLASSES] last
-    cdef double* p = rows.partial
-    cdef Py_ssize_t r, i, n_far = 0, n_over = rows_before_end(n_classes, n)
+    cdef const double* p = rows.below
+    cdef Py_ssize_t r, i, n_far = 0
     cdef Options staged = no_options()
-    for r in range(n_over):
-        sum_below(z + r * n_classes, n_classes, ids[r], p + r * SMALL_LANES)
-    for r in range(n_over, n):
-        memcpy(last, z + r * n_classes, n_classes * sizeof(floating))
-        sum_below(last, n_classes, ids[r], p + r * SMALL_LANES)
     for r in range(n):
         i = r * SMALL_LANES
         rows.linear[r] = options.share * ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3]))
@@ -271,13 +280,6 @@ cdef inline void sum_small_below(
         for r in range(n):
             if not fabs(rows.linear[r]) < INFINITY:
                 rows.linear[r] = far_below(&staged, z + r * n_classes, n_classes, ids[r])
-
-
-cdef inline void sum_below(const floating* z, Py_ssize_t n_classes, Py_ssize_t t, double* lanes) noexcept nogil:
-    if floating is float:
-        sum_below_float(z, n_classes, z[larger(t, 0)], lanes)
-    else:
-        sum_below_double(z, n_classes, z[larger(t, 0)], lanes)
 
 
 # How many of n rows end before the block, when each is taken in whole vectors.

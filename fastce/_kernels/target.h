@@ -218,7 +218,7 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 #endif
 }
 
-/* lanes: of a row without element t. below: of top - x. products: of a * (top - x), where a = 0 beats an infinite
+/* lanes: of a row without element t. both: this, and of top - x where x is not `top`, element t. products: of a * (top - x), where a = 0 beats an infinite
    difference. row: all that a general row needs, without element t, where x is `top`: of its terms e, of its mass a and
    of a * (top - x) unless a is NULL, of e * (top - x) if asked for. columns: of n rows that lie side by side, one class
    `width` elements behind the other; `sums` has room for the lanes of the last vector. */
@@ -231,6 +231,20 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
                 sum[part % FASTCE_SUMS] +=                                                                            \
                     fastce_taken_##type(fastce_take(n - i, t - i, part), row + i + part * FASTCE_LANES);              \
         fastce_fold(sum, lanes);                                                                                      \
+    }                                                                                                                 \
+    static inline void fastce_sum_both_##type(                                                                        \
+        const type *row, const type *x, ptrdiff_t n, ptrdiff_t t, double top, double *lanes, double *below)           \
+    {                                                                                                                 \
+        fastce_lanes sum[FASTCE_SUMS] = {{0}}, differences[FASTCE_SUMS] = {{0}};                                      \
+        for (ptrdiff_t i = 0; i < n; i += 16)                                                                         \
+            for (int part = 0; part < FASTCE_PARTS; part++) {                                                         \
+                fastce_taken taken = fastce_take(n - i, t - i, part);                                                 \
+                ptrdiff_t start = i + part * FASTCE_LANES;                                                            \
+                sum[part % FASTCE_SUMS] += fastce_taken_##type(taken, row + start);                                   \
+                differences[part % FASTCE_SUMS] += fastce_where(taken, top - fastce_widened_##type(x + start));       \
+            }                                                                                                         \
+        fastce_fold(sum, lanes);                                                                                      \
+        fastce_fold(differences, below);                                                                              \
     }                                                                                                                 \
     static inline void fastce_sum_row_##type(                                                                         \
         const type *e, const type *a, const type *x, ptrdiff_t n, ptrdiff_t t, double top, int with_spread,           \
@@ -266,20 +280,6 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
     {                                                                                                                 \
         double others[4];                                                                                             \
         fastce_sum_row_##type(a, NULL, x, n, -1, top, 1, others, NULL, NULL, lanes);                                  \
-    }                                                                                                                 \
-    static inline void fastce_sum_below_##type(const type *row, ptrdiff_t n, double top, double *lanes)               \
-    {                                                                                                                 \
-        fastce_lanes sum[FASTCE_SUMS] = {{0}};                                                                        \
-        ptrdiff_t i = 0;                                                                                              \
-        for (; i + 16 <= n; i += 16)                                                                                  \
-            for (int part = 0; part < FASTCE_PARTS; part++)                                                           \
-                sum[part % FASTCE_SUMS] += top - fastce_widened_##type(row + i + part * FASTCE_LANES);                \
-        if (i < n)                                                                                                    \
-            for (int part = 0; part < FASTCE_PARTS; part++) {                                                         \
-                fastce_taken taken = fastce_take(n - i, -1, part);                                                    \
-                sum[part % FASTCE_SUMS] += fastce_where(taken, top - fastce_widened_##type(row + i + part * FASTCE_LANES)); \
-            }                                                                                                         \
-        fastce_fold(sum, lanes);                                                                                      \
     }                                                                                                                 \
     static inline void fastce_sum_columns_##type(                                                                     \
         const type *tile, ptrdiff_t width, ptrdiff_t n_classes, ptrdiff_t n, double *sums)                            \
