@@ -764,8 +764,7 @@ def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     return total_weight(&batch, NULL, False)
 
 
-# The sum of the live rows' weights (`all_live`: of all rows); `kept`, which goes with class weights, gets them, 0 of the
-# others.
+# The sum of the live rows' weights (`all_live`: of all); `kept`, which goes with class weights, gets them, 0 of others.
 cdef double total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
     cdef double[256] part
     cdef double[2] total

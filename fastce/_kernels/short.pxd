@@ -243,8 +243,8 @@ cdef inline void find_largest(
             settle_maximum(batch, own, r, <const floating*>z.rows + r * z.stride)
 
 
-# The sums of each row by its largest logit: of the exponentials and the dense mass elsewhere, so that a row of one class
-# or one mass stays exact, and of both by the distance from it.
+# The sums of each row by its largest logit: of the exponentials and the dense mass elsewhere, so that a row of one
+# class or one mass stays exact, and of both by the distance from it.
 cdef inline void sum_rows(
     const Batch* batch, Own* own, const Side* z, const Side* mass, floating* terms, Py_ssize_t n, bint with_spread
 ) noexcept nogil:

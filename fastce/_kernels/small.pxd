@@ -49,10 +49,12 @@ cdef extern from "target.h" nogil:
     Py_ssize_t above_float "fastce_above_float" (const float* row, Py_ssize_t n, Py_ssize_t t, float least)
     Py_ssize_t above_double "fastce_above_double" (const double* row, Py_ssize_t n, Py_ssize_t t, double least)
     void curve_float "fastce_curve_float" (
-        float* out, const float* terms, Py_ssize_t n, float inverse, float total, float rest, float curved, float squared
+        float* out, const float* terms, Py_ssize_t n, float inverse, float total, float rest, float curved,
+        float squared
     )
     void curve_double "fastce_curve_double" (
-        double* out, const double* terms, Py_ssize_t n, double inverse, double total, double rest, double curved, double squared
+        double* out, const double* terms, Py_ssize_t n, double inverse, double total, double rest, double curved,
+        double squared
     )
     void shift_float "fastce_shift_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
     void shift_double "fastce_shift_double" (
@@ -355,8 +357,8 @@ cdef inline void shift_vectors(
 
 
 cdef inline void curve_vectors(
-    floating* out, const floating* terms, Py_ssize_t n, floating inverse, floating total, floating rest, floating curved,
-    floating squared,
+    floating* out, const floating* terms, Py_ssize_t n, floating inverse, floating total, floating rest,
+    floating curved, floating squared,
 ) noexcept nogil:
     if floating is float:
         curve_float(out, terms, n, inverse, total, rest, curved, squared)

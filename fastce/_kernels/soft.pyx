@@ -794,7 +794,8 @@ def soft_rows(
     Rows of `logits`, `distribution`, `out` and `hess` (N, C) are contiguous, native and of one dtype; `indices` (N, m)
     int64 with `values` (N, m) float64 or None (all 1); a negative first index, or `sample_weight` 0, leaves a row out.
     `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) is
-    uint8. `out_bytes` is the size of what `out` is a part of. `statistics`: (lse, probability, entropy, predicted, correct), of which the first three are float64.
+    uint8. `out_bytes` is the size of what `out` is a part of. `statistics`: (lse, probability, entropy, predicted,
+    correct), of which the first three are float64.
     """
     cdef Batch batch = batch_of(logits, data_of(memory))
     batch.losses = <double*>cnp.PyArray_DATA(losses)
@@ -1027,7 +1028,10 @@ cdef void fill_newton_piece(
 
 
 def log_softmax_rows(cnp.ndarray logits, out, lse, Py_ssize_t out_bytes, memory, int num_threads):
-    """Fill, unless None, `out` (N, C), of `out_bytes` in all, with log_softmax and `lse` (N,) float64 with logsumexp."""
+    """Fill, unless None, `out` (N, C) with log_softmax and `lse` (N,) float64 with logsumexp.
+
+    `out_bytes` is the size of what `out` is a part of.
+    """
     cdef Batch batch = batch_of(logits, data_of(memory))
     batch.kind = LOG_SOFTMAX
     batch.out = data_of(out)

@@ -218,10 +218,10 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 #endif
 }
 
-/* lanes: of a row without element t. both: this, and of top - x where x is not `top`, element t. products: of a * (top - x), where a = 0 beats an infinite
-   difference. row: all that a general row needs, without element t, where x is `top`: of its terms e, of its mass a and
-   of a * (top - x) unless a is NULL, of e * (top - x) if asked for. columns: of n rows that lie side by side, one class
-   `width` elements behind the other; `sums` has room for the lanes of the last vector. */
+/* lanes: of a row without element t. both: this, and of top - x where x is not `top`, element t. products: of
+   a * (top - x), where a = 0 beats an infinite difference. row: all that a general row needs, without element t, where x
+   is `top`: of its terms e, of its mass a and of a * (top - x) unless a is NULL, of e * (top - x) if asked for. columns:
+   of n rows that lie side by side, one class `width` elements behind the other; `sums` has room for whole vectors. */
 #define FASTCE_SUM(type)                                                                                              \
     static inline void fastce_sum_lanes_##type(const type *row, ptrdiff_t n, ptrdiff_t t, double *lanes)              \
     {                                                                                                                 \
@@ -407,7 +407,8 @@ static inline void fastce_stream_fence(void) {}
 /* shift: out = terms * factor + shift. stream: the same past the caches, out at a 64-byte boundary and n whole lines: a
    gradient that does not fit the caches is not read into them first (8 instead of 12 bytes of memory traffic per float32
    element), nor are the logits thrown out for it. weigh: out = terms * push + mass * pull. curve: with p = terms *
-   inverse and miss = ((total - terms) + rest) * inverse, out = p * (curved * miss + squared * p). lower: out = (z - first) - second. n is a multiple of 16. */
+   inverse and miss = ((total - terms) + rest) * inverse, out = p * (curved * miss + squared * p). lower: out = (z -
+   first) - second. n is a multiple of 16. */
 #define FASTCE_VECTORS(type, suffix)                                                                                  \
     static inline void fastce_shift_##type(type *out, const type *terms, ptrdiff_t n, type factor, type shift)        \
     {                                                                                                                 \
@@ -437,8 +438,9 @@ static inline void fastce_stream_fence(void) {}
         for (ptrdiff_t i = 0; i < n; i += FASTCE_STEP(type)) {                                                        \
             __typeof__(FASTCE_ALL(inverse, suffix)) e = FASTCE_LOAD(terms + i, suffix), p, miss;                      \
             p = FASTCE_MULTIPLY(e, FASTCE_ALL(inverse, suffix), suffix);                                              \
-            miss = FASTCE_ADD(FASTCE_SUBTRACT(FASTCE_ALL(total, suffix), e, suffix), FASTCE_ALL(rest, suffix), suffix); \
-            miss = FASTCE_MULTIPLY(miss, FASTCE_ALL(inverse, suffix), suffix);                                        \
+            miss = FASTCE_SUBTRACT(FASTCE_ALL(total, suffix), e, suffix);                                             \
+            miss = FASTCE_MULTIPLY(FASTCE_ADD(miss, FASTCE_ALL(rest, suffix), suffix), FASTCE_ALL(inverse, suffix),   \
+                                   suffix);                                                                           \
             miss = FASTCE_MULTIPLY_ADD(miss, FASTCE_ALL(curved, suffix),                                              \
                                        FASTCE_MULTIPLY(p, FASTCE_ALL(squared, suffix), suffix), suffix);              \
             FASTCE_STORE(out + i, FASTCE_MULTIPLY(p, miss, suffix), suffix);                                          \
@@ -462,7 +464,7 @@ FASTCE_VECTORS(double, pd)
     static inline type fastce_largest_##type(const type *row, ptrdiff_t n, int64_t *place)                            \
     {                                                                                                                 \
         const ptrdiff_t step = FASTCE_STEP(type);                                                                     \
-        __typeof__(FASTCE_ALL(*row, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                               \
+        __typeof__(FASTCE_ALL((type)0, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                            \
         ptrdiff_t i, first = n;                                                                                       \
         for (i = 0; i < n; i += step) {                                                                               \
             const type *within = fastce_within_##type + 16 - (n - i < 16 ? n - i : 16);                               \
