@@ -102,6 +102,29 @@ def test_a_class_that_leads_without_being_the_target_keeps_its_curvature(classes
     np.testing.assert_allclose(hessian, np.broadcast_to(expected, 2), rtol=2 * bound, atol=share)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 50, 96, 97])
+def test_a_class_that_leads_by_anything_keeps_its_curvature(classes, dtype):
+    # From leads that cancel nothing of 1 - p to such that leave no bit of it in the dtype.
+    leads = np.arange(0.5, 40, 0.5)
+    logits = np.zeros((len(leads), classes), dtype)
+    logits[:, 1] = leads
+    hessian = row_results(logits, np.zeros(len(leads), int))[2][:, 1]
+    rest = (classes - 1) * np.exp(-leads)
+    np.testing.assert_allclose(hessian, rest / (1 + rest) ** 2, rtol=2 * GRADIENT_BOUND[dtype.name])
+
+
+@pytest.mark.parametrize("classes", [3, 10, 50, 96, 97, 1000])
+def test_a_row_with_a_factor_beyond_the_dtype_changes_no_other_row(classes, dtype, rng):
+    logits, ids = rng.normal(0, 3, (40, classes)).astype(dtype), rng.integers(0, classes, 40)
+    factors = np.ones(40)
+    factors[20] = 1e-44 if dtype == np.float32 else 1e-310
+    plain = row_results(logits, ids, grad_output=np.ones(40))
+    others = np.arange(40) != 20
+    for options in ({"grad_output": factors}, {"sample_weight": factors}):
+        for got, expected in zip(row_results(logits, ids, **options), plain, strict=True):
+            assert_same_bits(got[others], expected[others])
+
+
 def test_a_leading_class_that_its_gradients_hide_is_within_the_bound(dtype):
     # Smoothing beside a gradient factor 1 + 2 z_loss lse that nearly vanishes; a gradient that overflows.
     row = np.array([-8.0, 0, -8])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from calls import calls
+from guarded import guarded
 
 import fastce
 
@@ -497,7 +498,8 @@ def test_gradients_too_large_for_the_caches_have_the_same_bits(classes, dtype, r
 
 @pytest.mark.parametrize("kind", ["ids", "distributions"])
 def test_options_on_short_rows_too_large_for_the_caches_have_the_same_bits(kind, dtype, rng):
-    # Ignored rows or such of weight 0, classes that do not exist, and a factor beyond the dtype in some blocks.
+    # Ignored rows or such of weight 0, classes that do not exist, and a factor beyond the dtype in some blocks; logits
+    # and targets end at a page that must not be touched.
     classes = 10
     rows = (1 << 24) // (classes * np.dtype(dtype).itemsize) + 7
     logits = np.tile(rng.normal(0, 3, (7, classes)).astype(dtype), (rows // 7 + 1, 1))[:rows]
@@ -511,6 +513,7 @@ def test_options_on_short_rows_too_large_for_the_caches_have_the_same_bits(kind,
     else:
         targets = rng.random((rows, classes)).astype(dtype) * shown.astype(dtype)
         options["sample_weight"] = (rng.random(rows) > 0.1).astype(float)
+    logits, targets = guarded(logits, at_end=True), guarded(targets, at_end=True)
     buffer = np.full(rows * classes + 3, np.nan, dtype)
     out = buffer[1 : 1 + rows * classes].reshape(rows, classes)
     losses, _ = fastce.cross_entropy_with_grad(logits, targets, out=out, **options)

@@ -64,7 +64,7 @@ cdef struct Scratch:
     double[BLOCK_ROWS] shift
     double[BLOCK_ROWS] offset           # what was subtracted from z_t
     double[BLOCK_ROWS] linear           # share * sum(z_t - z_c)
-    double[BLOCK_ROWS] lse              # with z_loss
+    double[BLOCK_ROWS] lse              # with z_loss; of general rows always
     double[BLOCK_ROWS] steep            # 2 z_loss lse
     double[BLOCK_ROWS] weight           # of the row and its class, where classes have weights
     double[BLOCK_ROWS] scale            # of the row's gradient

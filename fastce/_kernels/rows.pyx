@@ -451,7 +451,6 @@ def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_thre
 
 
 cdef Py_ssize_t column_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noexcept nogil:
-    # The lanes of the sums are float64, two elements each of float32.
     return sizeof(Scratch) + (column_terms(n_classes) * itemsize + 63) // 64 * 64
 
 

@@ -408,8 +408,9 @@ cdef inline void add_entries(
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
-# A row is written in whole vectors that run over into the next one, which is written after it; the last rows, where
-# that would leave the block, and rows whose factors are not normal numbers are written exactly.
+# A row is written in whole vectors that run over into the next one, which is written after it, and its mass is read as
+# far; the last rows, where that would leave the block (in a buffer it does not), are written exactly, and so is a block
+# with a factor that is no normal number.
 cdef inline void write_short_gradients(
     const Batch* batch, Own* own, const Side* mass, const floating* terms, floating* place, bint streamed, Py_ssize_t n
 ) noexcept nogil:
@@ -420,7 +421,8 @@ cdef inline void write_short_gradients(
     cdef floating[BLOCK_ROWS] pull
     cdef floating[BLOCK_ROWS] at_maximum
     cdef bint dense = has_dense_mass(batch)
-    cdef const floating* row_mass = <const floating*>mass.rows if dense else NULL
+    cdef floating[SHORT_CLASSES] last
+    cdef const floating* row_mass = NULL
     cdef double magnitude
     cdef floating* out
     for r in range(n):
@@ -445,6 +447,8 @@ cdef inline void write_short_gradients(
         if own.argmax[r] < 0:
             memset(out, 0, n_classes * sizeof(floating))
         else:
+            if dense:
+                row_mass = whole_row(mass, r, n_classes, last)
             if r >= n_over:
                 combine(own, r, out, terms, row_mass, n_classes)
             elif not dense:
@@ -455,8 +459,6 @@ cdef inline void write_short_gradients(
                 weigh_double(out, terms, row_mass, n_padded, push[r], pull[r])
             out[own.argmax[r]] = at_maximum[r]
         terms += n_classes
-        if dense:
-            row_mass += mass.stride
 
 
 # What options still do to the gradients: entries, a cap, a mask.

@@ -18,6 +18,7 @@ from fastce._kernels.block cimport (
     curve_exactly,
     finish_rows,
     hide_classes,
+    is_normal,
     largest_factor,
     load_scales,
     lse_of,
@@ -418,8 +419,8 @@ cdef inline void curve_small_rows(
         if ids[r] < 0:
             memset(hess, 0, n_classes * sizeof(floating))
         else:
-            if n_special:
-                curve = curve_of(batch, rows, r)
+            curve = curve_of(batch, rows, r)
+            if not (is_normal(hess, curve.curved, 1.0) and is_normal(hess, curve.squared, 1.0)):
                 curve_exactly(hess, row_terms, n_classes, &curve)
             else:
                 curve_vectors(last, row_terms, n_padded, inverse[r], total[r], rest[r], curved[r], squared[r])

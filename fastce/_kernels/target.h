@@ -104,16 +104,16 @@ static inline int fastce_openmp_limit(void)
 }
 
 /* Sums of short rows in 8 float64 lanes, lane l over elements l, l + 8, ..., folded to 4. Rows are read up to the next
-   multiple of 8, and what lies beyond their end is left out. Vector types of the target's width, not loops over arrays:
+   multiple of 16, and what lies beyond their end is left out. Vector types of the target's width, not loops over arrays:
    gcc takes an array of 8 apart into pieces and reloads it whole, which stalls each row by 15 cycles; of wider vectors
    it takes comparisons apart. float32 is widened as it is loaded: to widen it in a register moves its halves about, on
    the one pipe that moves, and comparing the lanes' numbers with the row's length there as well took twice as long. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512F__)
+#if defined(__x86_64__) && defined(__AVX512F__) && defined(__BMI2__)
 #define FASTCE_BYTES 64
-#elif defined(__AVX__)
+#elif defined(__x86_64__) && defined(__AVX2__)
 #define FASTCE_BYTES 32
 #else
 #define FASTCE_BYTES 16
@@ -124,7 +124,7 @@ typedef int64_t fastce_bits __attribute__((vector_size(FASTCE_BYTES)));
 enum { FASTCE_SUMS = 8 / FASTCE_LANES, FASTCE_PARTS = 16 / FASTCE_LANES };
 
 /* Which lanes count: those of the first `rest` elements without element t. */
-#if FASTCE_LANES == 8
+#if FASTCE_BYTES == 64
 typedef __mmask8 fastce_taken;
 static inline fastce_taken fastce_take(ptrdiff_t rest, ptrdiff_t t, int part)
 {
@@ -160,7 +160,7 @@ static inline fastce_taken fastce_take(ptrdiff_t rest, ptrdiff_t t, int part)
 
 static inline fastce_lanes fastce_widened_float(const float *place)
 {
-#if defined(__AVX__)
+#if FASTCE_BYTES == 32
     return (fastce_lanes)_mm256_cvtps_pd(_mm_loadu_ps(place));
 #elif defined(__x86_64__)
     return (fastce_lanes)_mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)place));
@@ -184,7 +184,7 @@ static inline fastce_lanes fastce_taken_double(fastce_taken taken, const double 
 
 static inline fastce_lanes fastce_where(fastce_taken taken, fastce_lanes x)
 {
-#if FASTCE_LANES == 8
+#if FASTCE_BYTES == 64
     return (fastce_lanes)_mm512_maskz_mov_pd(taken, (__m512d)x);
 #else
     return (fastce_lanes)((fastce_bits)x & taken);
@@ -207,7 +207,7 @@ static inline fastce_lanes fastce_beside(fastce_lanes factor, fastce_lanes x)
 /* folded[l] = lane l + lane l + 4. */
 static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 {
-#if FASTCE_LANES == 8
+#if FASTCE_BYTES == 64
     __m256d both = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)sum[0]), _mm512_extractf64x4_pd((__m512d)sum[0], 1));
     memcpy(folded, &both, sizeof both);
 #else
@@ -325,9 +325,9 @@ FASTCE_ABOVE(double, int64_t)
    10 classes, twice as much where the pieces are then read as one vector. On x86-64 no plain loop says "past the caches"
    either. Elsewhere a vector is one number. */
 #if defined(__x86_64__)
-#if defined(__AVX512F__)
+#if FASTCE_BYTES == 64
 #define FASTCE_OP(operation, suffix) _mm512_##operation##_##suffix
-#elif defined(__AVX2__)
+#elif FASTCE_BYTES == 32
 #define FASTCE_OP(operation, suffix) _mm256_##operation##_##suffix
 #else
 #define FASTCE_OP(operation, suffix) _mm_##operation##_##suffix
@@ -350,14 +350,14 @@ FASTCE_ABOVE(double, int64_t)
 #define FASTCE_SMALLER(a, b, suffix) FASTCE_OP(min, suffix)(a, b)
 #define FASTCE_LARGEST_LANE(x, suffix) fastce_largest_lane_##suffix(x)
 /* Bit l: whether lanes l are equal. */
-#if defined(__AVX512F__)
+#if FASTCE_BYTES == 64
 #define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(cmp, suffix##_mask)(a, b, _CMP_EQ_OQ)
-#elif defined(__AVX2__)
+#elif FASTCE_BYTES == 32
 #define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(movemask, suffix)(FASTCE_OP(cmp, suffix)(a, b, _CMP_EQ_OQ))
 #else
 #define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(movemask, suffix)(FASTCE_OP(cmpeq, suffix)(a, b))
 #endif
-#if defined(__AVX512F__)
+#if FASTCE_BYTES == 64
 static inline float fastce_largest_lane_ps(__m512 x) { return _mm512_reduce_max_ps(x); }
 static inline double fastce_largest_lane_pd(__m512d x) { return _mm512_reduce_max_pd(x); }
 #else
@@ -370,7 +370,7 @@ static inline double fastce_largest_of_pair(__m128d x)
 {
     return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
 }
-#if defined(__AVX2__)
+#if FASTCE_BYTES == 32
 static inline float fastce_largest_lane_ps(__m256 x)
 {
     return fastce_largest_of_quad(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
@@ -474,6 +474,7 @@ FASTCE_VECTORS(double, pd)
         type most = FASTCE_LARGEST_LANE(top, suffix);                                                                 \
         for (i -= step; i >= 0; i -= step) {                                                                          \
             unsigned equal = FASTCE_EQUAL(FASTCE_LOAD(row + i, suffix), FASTCE_ALL(most, suffix), suffix);            \
+            equal &= n - i < step ? (1u << (n - i)) - 1 : ~0u;                                                        \
             first = equal ? i + __builtin_ctz(equal) : first;                                                         \
         }                                                                                                             \
         *place = first < n ? first : 0;                                                                               \
