@@ -124,6 +124,13 @@ cdef enum:
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
 
+# What is known of a batch's weights once they are summed.
+cdef struct WeightSum:
+    double total
+    Py_ssize_t n_weightless     # rows of sample weight 0
+    bint are_finite             # the sample weights
+
+
 # How a batch is divided. The scratch of thread i lies at memory + i * thread_bytes.
 cdef struct Plan:
     int num_threads
@@ -518,6 +525,7 @@ def plain_cross_entropy(
     cdef double divisor
     cdef char* memory
     cdef double* row_weights
+    cdef WeightSum summed
     cdef cnp.npy_intp shape[2]
     if not is_plain(targets, 1) or type(ignore_index) is not int:
         return None
@@ -536,8 +544,8 @@ def plain_cross_entropy(
         or (out is not None and not is_gradient(out, logits))
         or (hess is not None and not (is_gradient(hess, logits) and are_apart(hess, logits)))
         or (hess is not None and out is not None and not are_apart(hess, out))
-        or (weight is not None and not is_plain_weight(weight, n_classes, 0.0, out, hess))
-        or (sample_weight is not None and not is_plain_weight(sample_weight, n_rows, -INFINITY, out, hess))
+        or (weight is not None and not is_plain_factors(weight, n_classes, out, hess))
+        or (sample_weight is not None and not is_plain_factors(sample_weight, n_rows, out, hess))
         or not are_plain_numbers(label_smoothing, logit_scale, z_loss)
         or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out, hess))
         or (weight is not None and (<double>label_smoothing != 0.0 or <double>z_loss != 0.0))
@@ -570,12 +578,17 @@ def plain_cross_entropy(
             return None
         divisor = n_live
         if has_weights(&batch):
-            divisor = total_weight(&batch, NULL if weight is None else row_weights, n_live == n_rows)
+            if weight is not None and not are_weights(batch.weight, n_classes, 0.0):
+                return None
+            summed = total_weight(&batch, NULL if weight is None else row_weights, n_live == n_rows)
+            if not summed.are_finite:
+                return None
+            divisor = summed.total
         if denominator is not None:
             divisor = denominator
         if mean and divisor == 0.0:
             return None
-        if sample_weight is not None:
+        if sample_weight is not None and summed.n_weightless:
             skip_weightless(&batch)
         if weight is not None:
             batch.weight = NULL
@@ -632,46 +645,33 @@ cdef inline bint is_apart_from(array, out, hess) noexcept:
 
 # Rows of sample weight 0 are skipped like ignored ones.
 cdef void skip_weightless(Batch* batch) noexcept nogil:
-    cdef Py_ssize_t i, n_weightless = 0
-    for i in range(batch.n_rows):
-        n_weightless += 1 if batch.sample_weight[i] == 0.0 else 0
-    if n_weightless == 0:
-        return
+    cdef Py_ssize_t i
     for i in range(batch.n_rows):
         batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
 
 
-# Whether `weight` is a plain float64 or float32 array of n finite numbers >= least, apart from `out` and `hess`.
-cdef bint is_plain_weight(weight, Py_ssize_t n, double least, out, hess) noexcept:
-    cdef bint is_fit
-    if not is_plain(weight, 1) or cnp.PyArray_DIM(weight, 0) != n:
-        return False
-    if cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT64:
-        is_fit = are_weights(<double*>cnp.PyArray_DATA(weight), n, least)
-    elif cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT32:
-        is_fit = are_weights(<float*>cnp.PyArray_DATA(weight), n, least)
-    else:
-        return False
-    return is_fit and is_apart_from(weight, out, hess)
+# Whether `factors` is a plain float64 or float32 array of n numbers, apart from `out` and `hess`.
+cdef bint is_plain_factors(factors, Py_ssize_t n, out, hess) noexcept:
+    return (
+        is_plain(factors, 1)
+        and cnp.PyArray_DIM(factors, 0) == n
+        and is_native(factors)
+        and is_apart_from(factors, out, hess)
+    )
 
 
 # Whether `grad_output` is a plain factor: None, a float or, for rows one by one, n floats apart from `out` and `hess`.
 cdef bint is_plain_factor(grad_output, Py_ssize_t n, bint by_rows, out, hess) noexcept:
     if grad_output is None or type(grad_output) is float:
         return True
-    return (
-        by_rows
-        and is_plain(grad_output, 1)
-        and cnp.PyArray_DIM(grad_output, 0) == n
-        and is_native(grad_output)
-        and is_apart_from(grad_output, out, hess)
-    )
+    return by_rows and is_plain_factors(grad_output, n, out, hess)
 
 
-cdef inline bint are_weights(const floating* numbers, Py_ssize_t n, double least) noexcept nogil:
+# Whether n weights are finite and not less than `least`.
+cdef inline bint are_weights(const double* weights, Py_ssize_t n, double least) noexcept nogil:
     cdef Py_ssize_t i, n_bad = 0
     for i in range(n):
-        n_bad += 0 if least <= numbers[i] and fabs(numbers[i]) < INFINITY else 1
+        n_bad += 0 if least <= weights[i] and fabs(weights[i]) < INFINITY else 1
     return n_bad == 0
 
 
@@ -760,20 +760,28 @@ def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
     batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
     batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
     batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
-    return total_weight(&batch, NULL, False)
+    return total_weight(&batch, NULL, False).total
 
 
 # The sum of the live rows' weights (`all_live`: of all); `kept`, which goes with class weights, gets them, 0 of others.
-cdef double total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
+# All that asks for every sample weight is done here, block by block: a batch's weights do not stay in the nearest cache.
+cdef WeightSum total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
     cdef double[256] part
     cdef double[2] total
     cdef double* live = part
     cdef const double* weights
     cdef Py_ssize_t block, start, i, n
+    cdef WeightSum sum
     total[0] = total[1] = 0.0
+    sum.n_weightless = 0
+    sum.are_finite = True
     for block in range((batch.n_rows + 255) // 256):
         start = block * 256
         n = smaller(256, batch.n_rows - start)
+        if batch.sample_weight != NULL:
+            sum.are_finite = are_weights(batch.sample_weight + start, n, -INFINITY) and sum.are_finite
+            for i in range(n):
+                sum.n_weightless += 1 if batch.sample_weight[start + i] == 0.0 else 0
         if kept != NULL:
             live = kept + start
         weights = weights_of(batch, start, n, live)
@@ -782,7 +790,8 @@ cdef double total_weight(const Batch* batch, double* kept, bint all_live) noexce
                 live[i] = 0.0 if batch.ids[start + i] < 0 else weights[i]
             weights = live
         add_chunk(total, pairwise_sum(weights, n))
-    return total[0] + total[1]
+    sum.total = total[0] + total[1]
+    return sum
 
 
 def sum_losses(cnp.ndarray losses):

@@ -111,7 +111,7 @@ static inline int fastce_openmp_limit(void)
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__x86_64__) && defined(__AVX512F__) && defined(__BMI2__)
+#if defined(__x86_64__) && defined(__AVX512DQ__) && defined(__BMI2__)
 #define FASTCE_BYTES 64
 #elif defined(__x86_64__) && defined(__AVX2__)
 #define FASTCE_BYTES 32
@@ -347,7 +347,7 @@ FASTCE_ABOVE(double, int64_t)
 #endif
 /* Of two numbers the second, if one is nan. */
 #define FASTCE_LARGER(a, b, suffix) FASTCE_OP(max, suffix)(a, b)
-#define FASTCE_SMALLER(a, b, suffix) FASTCE_OP(min, suffix)(a, b)
+#define FASTCE_FIRST(place, n, suffix) fastce_first_##suffix(place, n)
 #define FASTCE_LARGEST_LANE(x, suffix) fastce_largest_lane_##suffix(x)
 /* Bit l: whether lanes l are equal. */
 #if FASTCE_BYTES == 64
@@ -357,6 +357,24 @@ FASTCE_ABOVE(double, int64_t)
 #else
 #define FASTCE_EQUAL(a, b, suffix) FASTCE_OP(movemask, suffix)(FASTCE_OP(cmpeq, suffix)(a, b))
 #endif
+/* A vector of which the first n elements are loaded, -inf the others. By bits, not as the smaller of two: valgrind then
+   sees that what was loaded beyond them does not matter. */
+#define FASTCE_EIGHT(x) x, x, x, x, x, x, x, x
+#define FASTCE_FIRST_OF(type, integer, suffix)                                                                        \
+    static const integer fastce_within_##type[32] = {FASTCE_EIGHT(-1), FASTCE_EIGHT(-1)};                             \
+    static const type fastce_beyond_##type[32] = {FASTCE_EIGHT(0), FASTCE_EIGHT(0), FASTCE_EIGHT(-INFINITY),          \
+                                                  FASTCE_EIGHT(-INFINITY)};                                           \
+    static inline __typeof__(FASTCE_ALL((type)0, suffix)) fastce_first_##suffix(const type *place, ptrdiff_t n)       \
+    {                                                                                                                 \
+        ptrdiff_t start = n < 16 ? 16 - n : 0;                                                                        \
+        const type *bits = (const type *)(fastce_within_##type + start);                                              \
+        __typeof__(FASTCE_ALL((type)0, suffix)) within = FASTCE_LOAD(bits, suffix);                                   \
+        within = FASTCE_OP(and, suffix)(within, FASTCE_LOAD(place, suffix));                                          \
+        return FASTCE_OP(or, suffix)(within, FASTCE_LOAD(fastce_beyond_##type + start, suffix));                      \
+    }
+FASTCE_FIRST_OF(float, int32_t, ps)
+FASTCE_FIRST_OF(double, int64_t, pd)
+
 #if FASTCE_BYTES == 64
 static inline float fastce_largest_lane_ps(__m512 x) { return _mm512_reduce_max_ps(x); }
 static inline double fastce_largest_lane_pd(__m512d x) { return _mm512_reduce_max_pd(x); }
@@ -395,7 +413,7 @@ static inline void fastce_stream_fence(void) { _mm_sfence(); }
 #define FASTCE_SUBTRACT(a, b, suffix) ((a) - (b))
 #define FASTCE_ADD(a, b, suffix) ((a) + (b))
 #define FASTCE_LARGER(a, b, suffix) ((a) > (b) ? (a) : (b))
-#define FASTCE_SMALLER(a, b, suffix) ((a) < (b) ? (a) : (b))
+#define FASTCE_FIRST(place, n, suffix) (*(place))
 #define FASTCE_LARGEST_LANE(x, suffix) (x)
 #define FASTCE_EQUAL(a, b, suffix) ((a) == (b))
 #define fastce_multiply_add_ps fastce_multiply_add_float
@@ -457,20 +475,15 @@ FASTCE_VECTORS(float, ps)
 FASTCE_VECTORS(double, pd)
 
 /* The largest element of a row, and where it is first; a nan is passed over. The row is read up to the next multiple of
-   16; what lies beyond its end is taken for -inf. */
+   16; what lies beyond its end counts for nothing. */
 #define FASTCE_LARGEST(type, suffix)                                                                                  \
-    static const type fastce_within_##type[32] = {FASTCE_EIGHT(INFINITY), FASTCE_EIGHT(INFINITY),                     \
-                                                  FASTCE_EIGHT(-INFINITY), FASTCE_EIGHT(-INFINITY)};                  \
     static inline type fastce_largest_##type(const type *row, ptrdiff_t n, int64_t *place)                            \
     {                                                                                                                 \
         const ptrdiff_t step = FASTCE_STEP(type);                                                                     \
         __typeof__(FASTCE_ALL((type)0, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                            \
         ptrdiff_t i, first = n;                                                                                       \
-        for (i = 0; i < n; i += step) {                                                                               \
-            const type *within = fastce_within_##type + 16 - (n - i < 16 ? n - i : 16);                               \
-            top = FASTCE_LARGER(FASTCE_SMALLER(FASTCE_LOAD(within, suffix), FASTCE_LOAD(row + i, suffix), suffix),    \
-                                top, suffix);                                                                         \
-        }                                                                                                             \
+        for (i = 0; i < n; i += step)                                                                                 \
+            top = FASTCE_LARGER(FASTCE_FIRST(row + i, n - i, suffix), top, suffix);                                   \
         type most = FASTCE_LARGEST_LANE(top, suffix);                                                                 \
         for (i -= step; i >= 0; i -= step) {                                                                          \
             unsigned equal = FASTCE_EQUAL(FASTCE_LOAD(row + i, suffix), FASTCE_ALL(most, suffix), suffix);            \
@@ -480,7 +493,6 @@ FASTCE_VECTORS(double, pd)
         *place = first < n ? first : 0;                                                                               \
         return most;                                                                                                  \
     }
-#define FASTCE_EIGHT(x) x, x, x, x, x, x, x, x
 FASTCE_LARGEST(float, ps)
 FASTCE_LARGEST(double, pd)
 
