@@ -523,6 +523,30 @@ def test_options_on_short_rows_too_large_for_the_caches_have_the_same_bits(kind,
     assert np.isnan(buffer[[0, -2, -1]]).all()
 
 
+@pytest.mark.parametrize("classes", [7, 1001, 70_001])
+def test_results_of_general_rows_too_large_for_the_caches_have_the_same_bits(classes, dtype, rng):
+    # They pass in slabs, each smaller than what is streamed; parts of the batch are not streamed at all.
+    rows = (1 << 24) // (classes * np.dtype(dtype).itemsize) + 5
+    logits = rng.normal(0, 3, (rows, classes)).astype(dtype)
+    masses, ids = rng.random((rows, classes)).astype(dtype), rng.integers(0, classes, rows)
+    parts = [slice(0, rows // 3), slice(rows // 3, rows)]
+    for call in (
+        lambda part, out: fastce.log_softmax(logits[part], out=out),
+        lambda part, out: fastce.cross_entropy_with_grad(logits[part], masses[part], reduction="sum", out=out),
+        lambda part, out: fastce.cross_entropy_with_grad(
+            logits[part], ids[part], reduction="sum", softcap=5.0, weight=np.ones(classes), label_smoothing=0.1, out=out
+        ),
+    ):
+        buffer = np.full(rows * classes + 3, np.nan, dtype)
+        out = buffer[1 : 1 + rows * classes].reshape(rows, classes)
+        call(slice(None), out)
+        for part in parts:
+            alone = np.empty_like(logits[part])
+            call(part, alone)
+            assert_same_bits(out[part], alone)
+        assert np.isnan(buffer[[0, -2, -1]]).all()
+
+
 @pytest.mark.parametrize(("groups", "inner"), [(2, 100_000), (1, 200_037), (40, 5003)])
 def test_columns_too_large_for_the_caches_have_the_same_bits(groups, inner, dtype, rng):
     # Lines that are not whole, at both ends of a block of rows, ignored rows, and factors beyond the dtype.
