@@ -564,8 +564,8 @@ cdef inline bint is_normal(const floating* like, double scale, double inverse) n
     return not (magnitude < smallest_factor(like) or magnitude > largest_factor(like))
 
 
-# The magnitude of a product of which `scale` is a factor, 1 where that is 0. Not a choice between two numbers: gcc makes
-# a branch of it, and no vectors of the loop.
+# The magnitude of a product of which `scale` is a factor, 1 where that is 0. No choice between two numbers: gcc makes a
+# branch of it, and no vectors of the loop.
 cdef inline double magnitude_of(double product, double scale) noexcept nogil:
     return fabs(product) + (1.0 if scale == 0.0 else 0.0)
 
