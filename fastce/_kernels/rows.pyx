@@ -764,7 +764,7 @@ def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
 
 
 # The sum of the live rows' weights (`all_live`: of all); `kept`, had with class weights, gets them, 0 of others.
-# All that asks for every sample weight is done here, block by block: a batch's weights do not stay in the nearest cache.
+# All that asks for every sample weight is done here, block by block: a batch's do not stay in the nearest cache.
 cdef WeightSum total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
     cdef double[256] part
     cdef double[2] total
