@@ -564,10 +564,17 @@ cdef inline bint is_normal(const floating* like, double scale, double inverse) n
     return not (magnitude < smallest_factor(like) or magnitude > largest_factor(like))
 
 
-# The magnitude of a product of which `scale` is a factor, 1 where that is 0. No choice between two numbers: gcc makes a
-# branch of it, and no vectors of the loop.
-cdef inline double magnitude_of(double product, double scale) noexcept nogil:
-    return fabs(product) + (1.0 if scale == 0.0 else 0.0)
+# Not 0 where is_normal(like, scale, product / scale) is false, for loops over rows: there a choice between two numbers
+# becomes a branch, and the loop has no vectors.
+cdef inline Py_ssize_t leaves_dtype(const floating* like, double product, double scale) noexcept nogil:
+    cdef double magnitude = fabs(product) + (1.0 if scale == 0.0 else 0.0)
+    return (1 if magnitude < smallest_factor(like) else 0) + (1 if magnitude > largest_factor(like) else 0)
+
+
+# The sum of row r's lanes.
+cdef inline double lane_sum(const double* lanes, Py_ssize_t r) noexcept nogil:
+    cdef Py_ssize_t i = r * SMALL_LANES
+    return (lanes[i] + lanes[i + 1]) + (lanes[i + 2] + lanes[i + 3])
 
 
 cdef inline double smallest_factor(const floating* like) noexcept nogil:

@@ -8,12 +8,10 @@ from fastce._kernels.block cimport (
     Scratch,
     finish_rows,
     is_normal,
-    largest_factor,
+    leaves_dtype,
     load_scales,
-    magnitude_of,
     put_losses,
     scale_terms,
-    smallest_factor,
     stream_piece,
     terms_of,
 )
@@ -131,15 +129,13 @@ cdef inline void write_columns(
 ) noexcept nogil:
     cdef floating[BLOCK_ROWS] factor
     cdef floating[BLOCK_ROWS] pull
-    cdef double both, magnitude
+    cdef double both
     cdef Py_ssize_t c, r, n_special = 0
     for r in range(n):
         both = rows.scale[r] * rows.inverse[r]
         factor[r] = <floating>both
         pull[r] = <floating>(0.0 - rows.miss[r] * rows.scale[r])
-        magnitude = magnitude_of(both, rows.scale[r])
-        n_special += 1 if magnitude < smallest_factor(terms) else 0
-        n_special += 1 if magnitude > largest_factor(terms) else 0
+        n_special += leaves_dtype(terms, both, rows.scale[r])
     if streamed and not n_special:
         for c in range(n_classes):
             scale_column(terms + c * BLOCK_ROWS, terms + c * BLOCK_ROWS, factor, n)

@@ -10,9 +10,8 @@ from fastce._kernels.block cimport (
     SMALL_LANES,
     Scratch,
     finish_rows,
-    largest_factor,
-    magnitude_of,
-    smallest_factor,
+    lane_sum,
+    leaves_dtype,
     stream_piece,
 )
 from fastce._kernels.general cimport (
@@ -348,10 +347,9 @@ cdef inline void sum_hit(
 
 # The lanes of many rows at once; rows that are not looked at have 0.
 cdef inline void fold_lanes(const Own* own, const double* p, double* sums, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t r, i
+    cdef Py_ssize_t r
     for r in range(n):
-        i = r * SMALL_LANES
-        sums[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
+        sums[r] = lane_sum(p, r)
     for r in range(n):
         sums[r] = 0.0 if own.argmax[r] < 0 else sums[r]
 
@@ -423,21 +421,16 @@ cdef inline void write_short_gradients(
     cdef bint dense = has_dense_mass(batch)
     cdef floating[SHORT_CLASSES] last
     cdef const floating* row_mass = NULL
-    cdef double magnitude
     cdef floating* out
     for r in range(n):
         push[r] = <floating>push_of(own, r)
         pull[r] = <floating>(-own.factor[r])
         at_maximum[r] = <floating>pull_at_maximum(own, r)
     for r in range(n):
-        magnitude = magnitude_of(push_of(own, r), rows.scale[r] * own.factor[r])
-        n_special += 1 if magnitude < smallest_factor(terms) else 0
-        n_special += 1 if magnitude > largest_factor(terms) else 0
+        n_special += leaves_dtype(terms, push_of(own, r), rows.scale[r] * own.factor[r])
     if dense:
         for r in range(n):
-            magnitude = magnitude_of(own.factor[r], own.factor[r])
-            n_special += 1 if magnitude < smallest_factor(terms) else 0
-            n_special += 1 if magnitude > largest_factor(terms) else 0
+            n_special += leaves_dtype(terms, own.factor[r], own.factor[r])
     if streamed:
         n_over = n
     if n_special or batch.out_stride != n_classes * <Py_ssize_t>sizeof(floating):

@@ -19,17 +19,16 @@ from fastce._kernels.block cimport (
     finish_rows,
     hide_classes,
     is_normal,
-    largest_factor,
+    lane_sum,
+    leaves_dtype,
     load_scales,
     lse_of,
-    magnitude_of,
     mask_of,
     nothing_pending,
     pull_of,
     put_losses,
     scale_terms,
     shift_of,
-    smallest_factor,
     stream_piece,
     terms_of,
 )
@@ -219,7 +218,7 @@ cdef inline Py_ssize_t sum_small_rows(
         z += n_classes
     for r in range(n):
         i = r * SMALL_LANES
-        rows.others[r] = (p[i] + p[i + 1]) + (p[i + 2] + p[i + 3])
+        rows.others[r] = lane_sum(p, r)
         rows.largest_part[r] = larger_of(larger_of(p[i], p[i + 1]), larger_of(p[i + 2], p[i + 3]))
     for r in range(n):
         n_ignored += 1 if ids[r] < 0 else 0
@@ -269,12 +268,10 @@ cdef inline void sum_both(
 cdef inline void fold_below(
     const Options* options, const floating* z, Py_ssize_t n_classes, const int64_t* ids, Py_ssize_t n, Scratch* rows
 ) noexcept nogil:
-    cdef const double* p = rows.below
-    cdef Py_ssize_t r, i, n_far = 0
+    cdef Py_ssize_t r, n_far = 0
     cdef Options staged = no_options()
     for r in range(n):
-        i = r * SMALL_LANES
-        rows.linear[r] = options.share * ((p[i] + p[i + 1]) + (p[i + 2] + p[i + 3]))
+        rows.linear[r] = options.share * lane_sum(rows.below, r)
     for r in range(n):
         rows.linear[r] = 0.0 if ids[r] < 0 else rows.linear[r]
         n_far += 0 if fabs(rows.linear[r]) < INFINITY else 1
@@ -304,7 +301,7 @@ cdef inline void write_small_rows(
     cdef floating[BLOCK_ROWS] factor
     cdef floating[BLOCK_ROWS] pull
     cdef floating[BLOCK_ROWS] shift
-    cdef double both, magnitude, share = batch.options.share
+    cdef double both, share = batch.options.share
     cdef bint apart = out_stride != n_classes * <Py_ssize_t>sizeof(floating)
     cdef bint streamed = batch.stream and not apart
     cdef floating* place = <floating*>rows.gathered if streamed else out
@@ -312,16 +309,12 @@ cdef inline void write_small_rows(
     for r in range(n):
         both = rows.scale[r] * (1.0 + rows.steep[r]) * rows.inverse[r]
         factor[r] = <floating>both
-        magnitude = magnitude_of(both, rows.scale[r])
-        n_special += 1 if magnitude < smallest_factor(out) else 0
-        n_special += 1 if magnitude > largest_factor(out) else 0
+        n_special += leaves_dtype(out, both, rows.scale[r])
         shift[r] = <floating>shift_of(rows, r, share)
         pull[r] = <floating>pull_of(batch, rows, r, rows.miss[r])
     if share != 0.0:
         for r in range(n):
-            magnitude = magnitude_of(rows.scale[r] * share, rows.scale[r])
-            n_special += 1 if magnitude < smallest_factor(out) else 0
-            n_special += 1 if magnitude > largest_factor(out) else 0
+            n_special += leaves_dtype(out, rows.scale[r] * share, rows.scale[r])
     if streamed:
         n_over = n
     if n_special or apart:
@@ -384,7 +377,7 @@ cdef inline void curve_small_rows(
     cdef floating[SMALL_CLASSES] last
     cdef floating* hess = <floating*>(batch.hess + first * batch.hess_stride)
     cdef const floating* row_terms = terms
-    cdef double whole, magnitude
+    cdef double whole
     cdef Py_ssize_t r, n_special = 0
     cdef Curve curve
     for r in range(n):
@@ -398,15 +391,11 @@ cdef inline void curve_small_rows(
         squared[r] = <floating>curve.squared
     for r in range(n):      # 1/S is a normal number in every small row
         curve = curve_of(batch, rows, r)
-        magnitude = magnitude_of(curve.curved, curve.curved)
-        n_special += 1 if magnitude < smallest_factor(terms) else 0
-        n_special += 1 if magnitude > largest_factor(terms) else 0
+        n_special += leaves_dtype(terms, curve.curved, curve.curved)
     if batch.options.z_loss != 0.0:
         for r in range(n):
             curve = curve_of(batch, rows, r)
-            magnitude = magnitude_of(curve.squared, curve.squared)
-            n_special += 1 if magnitude < smallest_factor(terms) else 0
-            n_special += 1 if magnitude > largest_factor(terms) else 0
+            n_special += leaves_dtype(terms, curve.squared, curve.squared)
     if n_special or batch.hess_stride != n_classes * <Py_ssize_t>sizeof(floating):
         n_over = 0
     for r in range(n_over):
@@ -480,7 +469,7 @@ cdef inline void curve_small_leader(
         return
     terms[t] = 0        # it is e_t, or 0 where the row was taken by itself
     sum_lanes(terms, n_classes, leader, lanes)
-    rest = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rows.at_target[r]
+    rest = lane_sum(lanes, 0) + rows.at_target[r]
     p = terms[leader] * curve.inverse
     hess[leader] = <floating>(p * (curve.curved * (rest * curve.inverse) + curve.squared * p))
 
