@@ -8,7 +8,6 @@ import importlib
 import math
 import os
 import warnings
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -249,7 +248,7 @@ def as_columns(array, dtype):
     return np.lib.stride_tricks.as_strided(array, (groups, shape[-1], n), (group_stride, strides[-1], array.itemsize))
 
 
-def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row, constants, num_threads):
+def soft_rows(logits, losses, out, hess, distribution, mask, per_row, constants, num_threads):
     """Fill `losses` and, unless they are None, `out` and `hess` by the general kernels.
 
     Arrays with a class axis have any layout and dtype, class axis last; `mask` is bool, broadcast to logits' shape.
@@ -263,10 +262,6 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
     mask, common = split_mask(mask)
     if common is not None:
         constants = constants | {"mask": common[None]}
-    if smoothing:
-        weight, common_mask = constants["weight"], constants.get("mask")
-        base = smoothing_base(smoothing, n_classes, dtype, weight, common_mask) if mask is None else None
-        constants = constants | {"smoothing": smoothing, "base": base}
     slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
     walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess], slab)
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
@@ -280,36 +275,6 @@ def soft_rows(logits, losses, out, hess, distribution, mask, smoothing, per_row,
             rows, losses[part], memory, num_threads, distribution=targets, out=grads, hess=curves,
             out_bytes=walk.out_bytes, **arrays, **constants,
         )
-
-
-def smoothing_base(smoothing, n_classes, dtype, weight, mask):
-    """Return the mass that smoothing gives to each class, weighted: smoothing/K for the K classes that `mask` shows."""
-    if mask is None:
-        share = even_share(smoothing, n_classes, dtype)
-    else:
-        share = mask[0] * (smoothing / max(1, np.count_nonzero(mask)))
-    if weight is not None:
-        share = share.astype(np.float64) * weight
-    with np.errstate(all="ignore"):
-        return np.ascontiguousarray(share, dtype)
-
-
-def even_share(smoothing, n_classes, dtype):
-    """Return the shares of smoothing without weights: a training loop asks for the same ones at every step.
-
-    They are rounded as the host rounds, so those of another rounding mode, which the two sums tell, are others.
-    """
-    return cached_share(smoothing, n_classes, dtype, 1.0 + TINY, 1.0 - TINY)
-
-
-TINY = 2.0**-60
-
-
-@lru_cache(maxsize=8)
-def cached_share(smoothing, n_classes, dtype, _up, _down):
-    shares = np.full(n_classes, smoothing / n_classes, dtype)
-    shares.flags.writeable = False  # all callers, in all threads, get this one array
-    return shares
 
 
 def is_mass(array, num_threads):

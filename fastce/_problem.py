@@ -10,6 +10,7 @@ from fastce.targets import SparseTargets
 
 AXIS = -1
 IGNORE_INDEX = _checks.DEFAULT_IGNORED
+MEAN, SUM, NONE = "mean", "sum", "none"  # the same objects as any such words in the code
 NEUTRAL = {"logit_scale": 1.0, "smoothing": 0.0, "z_loss": 0.0}
 
 
@@ -86,11 +87,10 @@ class Problem:
 
     def total_weight(self):
         """Return what a mean divides by: the weights of the rows that count, of the classes for class ids only."""
-        if self.ids is not None:
-            if self.weight is None and self.sample_weight is None:
-                return float(self.n_live)
-            return _engine.kernels.sum_weights(self.ids, self.weight, self.sample_weight)
-        return float(self.n_rows if self.sample_weight is None else _engine.kernels.sum_losses(self.sample_weight))
+        weight = None if self.ids is None else self.weight
+        if weight is None and self.sample_weight is None:
+            return float(self.n_rows if self.ids is None else self.n_live)
+        return _engine.kernels.sum_weights(self.ids, weight, self.sample_weight)
 
     def plain_options(self):
         """Return the options of class ids that are numbers to their kernels, without those that do nothing."""
@@ -99,13 +99,9 @@ class Problem:
 
     def is_plain(self):
         """Return whether the kernels for class ids will do: with the few options that are only numbers to them."""
-        if self.ids is None or self.cap != 0.0:
-            return False
-        if self.smoothing > _engine.kernels.MOST_SMOOTHING or self.z_loss > _engine.kernels.MOST_Z_LOSS:
-            return False
-        if self.mask is not None and self.smoothing:
-            return False
-        return self.weight is None or self.smoothing == self.z_loss == 0.0
+        return self.ids is not None and _engine.kernels.takes(
+            self.smoothing, self.z_loss, self.weight is not None, self.mask is not None, self.cap != 0.0
+        )
 
     def fill(self, losses, scale=1.0, out=None, hess=None, statistics=None):
         """Fill `losses` (N,) and what else is given: gradient and Hessian times `scale`, a float or one per row."""
@@ -125,11 +121,13 @@ class Problem:
         }
         if statistics is not None:
             per_row["statistics"] = statistics
-        constants = {"logit_scale": self.logit_scale, "cap": self.cap, "z_loss": self.z_loss, "weight": self.weight}
-        constants["scale"] = 1.0 if isinstance(scale, np.ndarray) else scale
+        constants = {
+            "logit_scale": self.logit_scale, "cap": self.cap, "smoothing": self.smoothing, "z_loss": self.z_loss,
+            "weight": self.weight, "scale": 1.0 if isinstance(scale, np.ndarray) else scale,
+        }  # fmt: skip
         distribution = classes_last(self.distribution, self.axis)
         _engine.soft_rows(
-            logits, losses, out, hess, distribution, self.mask, self.smoothing, per_row, constants, self.num_threads
+            logits, losses, out, hess, distribution, self.mask, per_row, constants, self.num_threads
         )
 
 
@@ -185,6 +183,16 @@ def _take_targets(problem, targets, ignore_index, ignored):
         problem.distribution = array
         return
     problem.ids, problem.n_live = _checks.as_class_ids(targets, shape, problem.axis, ignored)
+
+
+def may_be_plain(logits, axis, reduction):
+    """Return whether the short ways may be tried: by identity, what only compares equal goes through the checks."""
+    return is_last(axis, logits) and (reduction is MEAN or reduction is SUM or reduction is NONE)
+
+
+def is_last(axis, logits):
+    """Return whether `axis` is certainly the last one."""
+    return axis is AXIS or (type(axis) is int and type(logits) is np.ndarray and 0 < axis == logits.ndim - 1)
 
 
 def classes_last(array, axis):

@@ -168,7 +168,7 @@ def _fill(problem, losses, scale, grad):
         constants = {"weight": None, "scale": 1.0 if isinstance(scale, np.ndarray) else scale}
         per_row = {"sample_weight": weight, "scales": scale}
         cross_entropies = np.empty(len(losses))
-        _engine.soft_rows(logits, cross_entropies, grad, None, q, None, 0.0, per_row, constants, problem.num_threads)
+        _engine.soft_rows(logits, cross_entropies, grad, None, q, None, per_row, constants, problem.num_threads)
 
 
 def _activated(logits, num_threads, *, logarithm):

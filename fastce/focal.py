@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastce import _checks
+from fastce import _checks, _engine
 from fastce._problem import AXIS, IGNORE_INDEX
 from fastce._target_losses import target_loss
 
@@ -120,18 +120,12 @@ def focal_loss_with_grad(
 
 def _focal(logits, targets, gamma, *arguments, with_grad=False):
     gamma = _checks.as_non_negative("gamma", gamma)
-
-    def loss_and_factor(cross_entropies):
-        return focus(cross_entropies, gamma)
-
-    return target_loss(loss_and_factor, logits, targets, *arguments, with_grad=with_grad)
+    return target_loss("focal", gamma, logits, targets, *arguments, with_grad=with_grad)
 
 
 def focus(cross_entropies, gamma):
-    """Return rows' focal losses, and what each multiplies the gradient of cross-entropy by, as float64 arrays."""
-    with np.errstate(all="ignore"):
-        probability, miss = np.exp(-cross_entropies), -np.expm1(-cross_entropies)
-        focused = miss**gamma
-        # -p log p / (1 - p): 1 where p is 1, 0 where p is 0.
-        ratio = np.where(miss == 0, 1.0, np.where(probability == 0, 0.0, probability * cross_entropies / miss))
-        return focused * cross_entropies, focused * (1.0 + gamma * ratio)
+    """Return what rows' focal losses multiply the gradient of cross-entropy by, for cross-entropies in flat float64."""
+    losses, factors = np.empty_like(cross_entropies), np.empty_like(cross_entropies)
+    kernels = _engine.kernels
+    kernels.target_losses(kernels.TARGET_LOSSES["focal"], gamma, cross_entropies, losses, factors)
+    return factors

@@ -1,12 +1,10 @@
 """Softmax cross-entropy with gradient and Hessian: checks, allocates, one call, returns."""
 
 from fastce import _checks, _engine
-from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, pose
+from fastce._problem import AXIS, IGNORE_INDEX, deliver, gradient_array, may_be_plain, pose
+from fastce.targets import SparseTargets
 
 __all__ = ["cross_entropy", "cross_entropy_with_grad", "cross_entropy_with_grad_hess"]
-
-# By name, so that a default is told by identity.
-MEAN, SUM, NONE = "mean", "sum", "none"
 
 
 def cross_entropy(
@@ -22,7 +20,7 @@ def cross_entropy(
     softcap=None,
     z_loss=0.0,
     class_mask=None,
-    reduction=MEAN,
+    reduction="mean",
     denominator=None,
     num_threads=None,
 ):
@@ -133,14 +131,15 @@ def cross_entropy(
     >>> print(f"{fastce.cross_entropy(logits[0], 0, label_smoothing=0.3):.6f}")
     0.639545
     """
-    if may_be_plain(axis, softcap, reduction):
+    if may_be_plain(logits, axis, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, None, False, None, False, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, None,
+            logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads, None,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
-        ) or _engine.soft.plain_distributions(
-            logits, targets, None, False, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-            class_mask, reduction, denominator, num_threads, None, _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        ) or _engine.soft.plain_general(
+            logits, targets, *entries_of(targets), None, False, None, False, weight, sample_weight, ignore_index,
+            label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads, None,
+            _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain[0]
@@ -152,9 +151,9 @@ def cross_entropy(
     return deliver(problem)
 
 
-def may_be_plain(axis, softcap, reduction):
-    """Return whether the short way may be tried: by identity, what only compares equal goes through the checks."""
-    return axis is AXIS and softcap is None and (reduction is MEAN or reduction is SUM or reduction is NONE)
+def entries_of(targets):
+    """Return the indices and values of sparse targets, (None, None) of others."""
+    return (targets.indices, targets.values) if type(targets) is SparseTargets else (None, None)
 
 
 def cross_entropy_with_grad(
@@ -170,7 +169,7 @@ def cross_entropy_with_grad(
     softcap=None,
     z_loss=0.0,
     class_mask=None,
-    reduction=MEAN,
+    reduction="mean",
     denominator=None,
     num_threads=None,
     grad_output=None,
@@ -233,15 +232,15 @@ def cross_entropy_with_grad(
     array([[-0.213014,  0.106507,  0.106507],
            [ 0.333333,  0.333333, -0.666667]])
     """
-    if may_be_plain(axis, softcap, reduction):
+    if may_be_plain(logits, axis, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, out, True, None, False, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
+            logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
-        ) or _engine.soft.plain_distributions(
-            logits, targets, out, True, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-            class_mask, reduction, denominator, num_threads, grad_output, _engine.SERIAL_ELEMENTS,
-            _engine.default_threads,
+        ) or _engine.soft.plain_general(
+            logits, targets, *entries_of(targets), out, True, None, False, weight, sample_weight, ignore_index,
+            label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads,
+            grad_output, _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain
@@ -268,7 +267,7 @@ def cross_entropy_with_grad_hess(
     softcap=None,
     z_loss=0.0,
     class_mask=None,
-    reduction=MEAN,
+    reduction="mean",
     denominator=None,
     num_threads=None,
     grad_output=None,
@@ -325,11 +324,15 @@ def cross_entropy_with_grad_hess(
            [0.222222, 0.222222, 0.222222]])
     """
     _checks.check_no_softcap(softcap)
-    if may_be_plain(axis, softcap, reduction):
+    if may_be_plain(logits, axis, reduction):
         plain = _engine.kernels.plain_cross_entropy(
             logits, targets, out, True, hess_out, True, weight, sample_weight, ignore_index, label_smoothing,
-            logit_scale, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
+            logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads, grad_output,
             _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        ) or _engine.soft.plain_general(
+            logits, targets, *entries_of(targets), out, True, hess_out, True, weight, sample_weight, ignore_index,
+            label_smoothing, logit_scale, softcap, z_loss, class_mask, reduction, denominator, num_threads,
+            grad_output, _engine.SERIAL_ELEMENTS, _engine.default_threads,
         )
         if plain is not None:
             return plain

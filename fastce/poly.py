@@ -1,6 +1,6 @@
 """Poly-1 loss: cross-entropy with another weight on the first term of its expansion in 1 - p."""
 
-import numpy as np
+import math
 
 from fastce import _checks
 from fastce._problem import AXIS, IGNORE_INDEX
@@ -119,10 +119,5 @@ def poly_loss_with_grad(
 
 
 def _poly(logits, targets, epsilon, *arguments, with_grad=False):
-    epsilon = _checks.as_number("epsilon", epsilon, "finite and >= -1", lambda number: -1 <= number < np.inf)
-
-    def loss_and_factor(cross_entropies):
-        with np.errstate(all="ignore"):
-            return cross_entropies - epsilon * np.expm1(-cross_entropies), 1.0 + epsilon * np.exp(-cross_entropies)
-
-    return target_loss(loss_and_factor, logits, targets, *arguments, with_grad=with_grad)
+    epsilon = _checks.as_number("epsilon", epsilon, "finite and >= -1", lambda number: -1 <= number < math.inf)
+    return target_loss("poly", epsilon, logits, targets, *arguments, with_grad=with_grad)

@@ -4,7 +4,7 @@ from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from fastce._kernels.lanes cimport LANES, SUM_BLOCK, add_chunk, larger, smaller
+from fastce._kernels.lanes cimport LANES, SUM_BLOCK, add_chunk, smaller
 from fastce._kernels.staged cimport Options, hide
 from fastce._kernels.vexp cimport (
     bits_of_double,
@@ -15,6 +15,7 @@ from fastce._kernels.vexp cimport (
     multiply_add_double,
     multiply_add_float,
 )
+from fastce._kernels.weights cimport Weights, weights_of
 
 cdef extern from "target.h" nogil:
     void stream_float "fastce_stream_float" (float* out, const float* terms, Py_ssize_t n, float factor, float shift)
@@ -132,6 +133,7 @@ cdef inline void put_row(
 
 # The factor of each row's gradient; the chain rule of logit_scale is part of it.
 cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Weights kinds
     cdef const double* weights
     cdef Py_ssize_t r
     if batch.scales == NULL:
@@ -143,7 +145,8 @@ cdef inline void load_scales(const Batch* batch, Scratch* rows, Py_ssize_t first
         rows.scale[r] *= batch.options.transform.scale
         rows.lse[r] = rows.steep[r] = rows.linear[r] = 0.0
     if has_weights(batch):
-        weights = weights_of(batch, first, n, rows.weight)
+        kinds = weights_in(batch)
+        weights = weights_of(&kinds, first, n, rows.weight)
         for r in range(n):
             rows.scale[r] *= weights[r]
 
@@ -152,17 +155,12 @@ cdef inline bint has_weights(const Batch* batch) noexcept nogil:
     return batch.weight != NULL or batch.sample_weight != NULL
 
 
-# Each row's weight, of its class, of its own, or both: where they lie, or in `place`.
-cdef inline const double* weights_of(const Batch* batch, Py_ssize_t first, Py_ssize_t n, double* place) noexcept nogil:
-    cdef Py_ssize_t r
-    if batch.weight == NULL:
-        return batch.sample_weight + first
-    for r in range(n):
-        place[r] = batch.weight[larger(batch.ids[first + r], 0)]
-    if batch.sample_weight != NULL:
-        for r in range(n):
-            place[r] *= batch.sample_weight[first + r]
-    return place
+cdef inline Weights weights_in(const Batch* batch) noexcept nogil:
+    cdef Weights weights
+    weights.ids = batch.ids
+    weights.of_classes = batch.weight
+    weights.of_samples = batch.sample_weight
+    return weights
 
 
 # The losses of rows [first, first + n) leave the block, weighted; a weight of 0 makes an infinite loss 0.

@@ -1,8 +1,8 @@
 """The short ways of calls: which arrays are used as they lie, on how many threads, and how losses are reduced."""
 
 from libc.math cimport INFINITY
-from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.string cimport memcmp, memcpy
 
 cimport numpy as cnp
 
@@ -29,6 +29,31 @@ cdef inline bint is_native(array) noexcept:
     return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
 
 
+# Whether this is a plain array of float32 or float64 with any number of axes, of which the last are the classes.
+cdef inline bint is_logits(array) noexcept:
+    return (
+        cnp.PyArray_CheckExact(array)
+        and cnp.PyArray_NDIM(array) > 0
+        and cnp.PyArray_ISCARRAY_RO(array)
+        and is_native(array)
+    )
+
+
+# What `is_logits` says, of one and the same array as the others here.
+cdef inline Py_ssize_t classes_of(logits) noexcept:
+    return cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
+
+
+# Whether this is a plain array of the shape that `logits` have without their classes.
+cdef inline bint are_rows(array, logits) noexcept:
+    return (
+        is_plain(array, cnp.PyArray_NDIM(logits) - 1)
+        and memcmp(
+            cnp.PyArray_DIMS(array), cnp.PyArray_DIMS(logits), cnp.PyArray_NDIM(array) * sizeof(cnp.npy_intp)
+        ) == 0
+    )
+
+
 cdef inline bint are_apart(out, other) noexcept:
     cdef char* a = <char*>cnp.PyArray_DATA(out)
     cdef char* b = <char*>cnp.PyArray_DATA(other)
@@ -52,21 +77,18 @@ cdef inline bint is_one_slab(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t
     return n_rows > 0 and 0 < n_classes <= elements and n_rows <= elements // (n_classes + ROW_ELEMENTS)
 
 
+# Whether these are logits of at most a slab.
+cdef inline bint are_few_logits(logits, Py_ssize_t elements) noexcept:
+    return (
+        is_logits(logits)
+        and cnp.PyArray_SIZE(logits) > 0
+        and is_one_slab(cnp.PyArray_SIZE(logits) // classes_of(logits), classes_of(logits), elements)
+    )
+
+
 # Whether these are logits and, unless it is None, an array for what each of them becomes.
 cdef inline bint is_plain_activation(logits, out, Py_ssize_t elements) noexcept:
-    return (
-        cnp.PyArray_CheckExact(logits)
-        and cnp.PyArray_NDIM(logits) > 0
-        and is_plain(logits, cnp.PyArray_NDIM(logits))
-        and is_native(logits)
-        and cnp.PyArray_SIZE(logits) > 0
-        and is_one_slab(
-            cnp.PyArray_SIZE(logits) // cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1),
-            cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1),
-            elements,
-        )
-        and (out is None or is_gradient(out, logits))
-    )
+    return are_few_logits(logits, elements) and (out is None or is_gradient(out, logits))
 
 
 cdef inline bint is_denominator(denominator, bint mean) noexcept:
@@ -83,12 +105,114 @@ cdef inline int threads_of(logits, num_threads, Py_ssize_t serial_elements, choo
     return num_threads if type(num_threads) is int and 0 < num_threads <= MAX_THREADS else 0
 
 
-cdef inline bint are_ids(targets, Py_ssize_t n) noexcept:
+cdef inline bint are_integers(array) noexcept:
+    return cnp.PyArray_TYPE(array) == cnp.NPY_INT64 or cnp.PyArray_TYPE(array) == cnp.NPY_INT32
+
+
+cdef inline bint are_ids(targets, logits) noexcept:
+    return are_rows(targets, logits) and are_integers(targets)
+
+
+cdef inline bint is_apart_from(array, out, hess) noexcept:
+    return (out is None or are_apart(out, array)) and (hess is None or are_apart(hess, array))
+
+
+# Whether a Hessian's buffer is plain: apart from the logits and from that of the gradient.
+cdef inline bint is_hessian(hess, out, logits) noexcept:
+    return is_gradient(hess, logits) and are_apart(hess, logits) and (out is None or are_apart(hess, out))
+
+
+# Whether `weight` is a plain array of one number for each class, apart from `out` and `hess`.
+cdef inline bint is_plain_weight(weight, logits, out, hess) noexcept:
     return (
-        is_plain(targets, 1)
-        and (cnp.PyArray_TYPE(targets) == cnp.NPY_INT64 or cnp.PyArray_TYPE(targets) == cnp.NPY_INT32)
-        and cnp.PyArray_DIM(targets, 0) == n
+        is_plain(weight, 1)
+        and cnp.PyArray_DIM(weight, 0) == classes_of(logits)
+        and is_native(weight)
+        and is_apart_from(weight, out, hess)
     )
+
+
+# Whether `factors` is a plain array of one number for each row, apart from `out` and `hess`.
+cdef inline bint are_plain_factors(factors, logits, out, hess) noexcept:
+    return are_rows(factors, logits) and is_native(factors) and is_apart_from(factors, out, hess)
+
+
+# Whether `grad_output` is a plain factor: None, a float or, for rows one by one, an array of theirs.
+cdef inline bint is_plain_factor(grad_output, logits, bint by_rows, out, hess) noexcept:
+    if grad_output is None or type(grad_output) is float:
+        return True
+    # A factor without axes is a number to the checks.
+    return by_rows and cnp.PyArray_NDIM(logits) > 1 and are_plain_factors(grad_output, logits, out, hess)
+
+
+# Whether `mask` is a plain bool array for all rows or for each, apart from `out` and `hess`, that leaves every row any
+# class.
+cdef inline bint is_plain_mask(mask, logits, out, hess) noexcept:
+    cdef Py_ssize_t n_classes = classes_of(logits)
+    if not cnp.PyArray_CheckExact(mask) or cnp.PyArray_TYPE(mask) != cnp.NPY_BOOL:
+        return False
+    if not (is_plain(mask, 1) and cnp.PyArray_DIM(mask, 0) == n_classes):
+        if not (is_plain(mask, cnp.PyArray_NDIM(logits)) and cnp.PyArray_SAMESHAPE(mask, logits)):
+            return False
+    return is_apart_from(mask, out, hess) and shows_any(
+        <const uint8_t*>cnp.PyArray_DATA(mask), cnp.PyArray_SIZE(mask) // n_classes, n_classes
+    )
+
+
+cdef inline bint shows_any(const uint8_t* mask, Py_ssize_t n_rows, Py_ssize_t n_classes) noexcept:
+    cdef Py_ssize_t _, c
+    for _ in range(n_rows):
+        c = 0
+        while c < n_classes and mask[c] == 0:
+            c += 1
+        if c == n_classes:
+            return False
+        mask += n_classes
+    return True
+
+
+# The bytes from one row's mask to the next, 0 where all rows have one.
+cdef inline Py_ssize_t mask_stride_of(mask, logits) noexcept:
+    return classes_of(logits) if cnp.PyArray_NDIM(mask) > 1 else 0
+
+
+# Whether the options that are numbers are floats in their ranges.
+cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcept:
+    return (
+        type(label_smoothing) is float
+        and type(logit_scale) is float
+        and type(z_loss) is float
+        and 0.0 <= <double>label_smoothing <= 1.0
+        and 0.0 < <double>logit_scale < INFINITY
+        and 0.0 <= <double>z_loss < INFINITY
+    )
+
+
+# Whether class ids with these options are for the kernels of rows.pyx. Smoothing goes up to 1/2: beyond it the two
+# parts of the loss may cancel. z_loss goes up to 1: then it adds no more to the gradient's error than that has anyway.
+cdef inline bint is_for_rows(double smoothing, double z_loss, bint weighted, bint masked, bint capped) noexcept:
+    if capped or smoothing > 0.5 or z_loss > 1.0 or (masked and smoothing != 0.0):
+        return False
+    return not weighted or smoothing == z_loss == 0.0
+
+
+# An array of the dtype of `logits` and of the shape of their first axes.
+cdef inline object new_array(logits, int n_axes):
+    return cnp.PyArray_EMPTY(n_axes, cnp.PyArray_DIMS(logits), cnp.PyArray_TYPE(logits), 0)
+
+
+# The numbers of a plain array, where they lie or, if they are float32, as float64 in `place`.
+cdef inline double* doubles_of(array, double* place) noexcept:
+    cdef const float* narrow
+    cdef Py_ssize_t i
+    if array is None:
+        return NULL
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+        return <double*>cnp.PyArray_DATA(array)
+    narrow = <const float*>cnp.PyArray_DATA(array)
+    for i in range(cnp.PyArray_SIZE(array)):
+        place[i] = narrow[i]
+    return place
 
 
 # Copies ids with the ignored one as -1; returns how many are live, or -1 if one is out of range. It is the copy that is

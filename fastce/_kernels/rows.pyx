@@ -32,7 +32,6 @@ fixed order that depends on the row's length alone, so a row's bits depend on no
 
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
-from libc.math cimport INFINITY, fabs
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -53,7 +52,7 @@ from fastce._kernels.block cimport (
     pull_target,
     put_losses,
     steepen,
-    weights_of,
+    weights_in,
 )
 from fastce._kernels.columns cimport column_terms, take_columns
 from fastce._kernels.cpu cimport team_for
@@ -61,7 +60,6 @@ from fastce._kernels.lanes cimport (
     CHUNK,
     SUM_BLOCK,
     Rounding,
-    add_chunk,
     buffer_elements,
     chunks_of,
     larger,
@@ -75,16 +73,24 @@ from fastce._kernels.large cimport KEEP_BYTES, has_two_buffers, keeps_terms, tak
 from fastce._kernels.medium cimport take_medium_rows
 from fastce._kernels.plain cimport (
     SLAB_ELEMENTS,
-    are_apart,
+    are_few_logits,
     are_ids,
+    are_plain_factors,
+    are_plain_numbers,
+    classes_of,
     copy_ids,
     copy_losses,
+    doubles_of,
     is_denominator,
+    is_for_rows,
     is_gradient,
-    is_native,
-    is_one_slab,
-    is_plain,
+    is_hessian,
     is_plain_activation,
+    is_plain_factor,
+    is_plain_mask,
+    is_plain_weight,
+    mask_stride_of,
+    new_array,
     pairwise_sum,
     threads_of,
 )
@@ -100,7 +106,9 @@ from fastce._kernels.split cimport (
     write_split,
 )
 from fastce._kernels.staged cimport limit_of, no_options, set_scale
+from fastce._kernels.target_losses cimport FOCAL, NO_TARGET_LOSS, POLY, TargetLoss, take_target_losses
 from fastce._kernels.vexp cimport floating
+from fastce._kernels.weights cimport Weights, WeightSum, are_weights, total_weight
 
 cdef extern from "target.h" nogil:
     int OPENMP "FASTCE_OPENMP"
@@ -109,10 +117,7 @@ cdef extern from "target.h" nogil:
 cnp.import_array()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
-# Up to here class ids may be smoothed on these kernels: beyond it the two parts of the loss may cancel.
-MOST_SMOOTHING = 0.5
-# Up to here z_loss adds no more to the gradient's error than it has anyway.
-MOST_Z_LOSS = 1.0
+TARGET_LOSSES = {"focal": FOCAL, "poly": POLY}
 
 cdef enum:
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
@@ -123,13 +128,6 @@ cdef enum:
 
 
 # ---- the batch -----------------------------------------------------------------------------------------------------
-
-# What is known of a batch's weights once they are summed.
-cdef struct WeightSum:
-    double total
-    Py_ssize_t n_weightless     # rows of sample weight 0
-    bint are_finite             # the sample weights
-
 
 # How a batch is divided. The scratch of thread i lies at memory + i * thread_bytes.
 cdef struct Plan:
@@ -504,19 +502,21 @@ cdef void fill_batch(
     batch.memory = <char*>cnp.PyArray_DATA(memory)
 
 
-# The plain case in one call: C-contiguous native (N, C) logits, int64 or int32 ids (N,), options that are numbers or
-# plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and nothing has
-# been written.
+# The plain case in one call: C-contiguous native logits with the classes last, int64 or int32 ids, options that are
+# numbers or plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and
+# nothing has been written.
 def plain_cross_entropy(
     logits, targets, out, bint with_grad, hess, bint with_hess, weight, sample_weight, ignore_index, label_smoothing,
-    logit_scale, z_loss, class_mask, str reduction, denominator, num_threads, grad_output, Py_ssize_t serial_elements,
-    choose_threads,
+    logit_scale, softcap, z_loss, class_mask, str reduction, denominator, num_threads, grad_output,
+    Py_ssize_t serial_elements, choose_threads, TargetLoss kind_of_loss=NO_TARGET_LOSS, double parameter=0.0,
 ):
     """Return (reduced losses, gradient or None) and, `with_hess`, the Hessian, or None if the call is not plain.
 
-    `serial_elements` is the size from which on `choose_threads` is called, unless `num_threads` are given.
+    `serial_elements` is the size from which on `choose_threads` is called, unless `num_threads` are given. A
+    `kind_of_loss` (FOCAL, POLY) with its `parameter` takes the place of cross-entropy; it goes without options.
     """
     cdef Batch batch = empty_batch()
+    cdef Weights weights
     cdef Py_ssize_t n_rows, n_classes, n_live, n_bytes
     cdef int64_t ignored
     cdef int threads, overflow = 0
@@ -525,44 +525,39 @@ def plain_cross_entropy(
     cdef double divisor
     cdef char* memory
     cdef double* row_weights
+    cdef double* results
     cdef WeightSum summed
-    cdef cnp.npy_intp shape[2]
-    if not is_plain(targets, 1) or type(ignore_index) is not int:
+    if not cnp.PyArray_CheckExact(targets) or type(ignore_index) is not int:
         return None
     threads = threads_of(logits, num_threads, serial_elements, choose_threads)
-    if threads == 0 or not is_plain(logits, 2) or not is_plain(targets, 1):
-        return None
-    kind = cnp.PyArray_TYPE(logits)
-    n_rows = cnp.PyArray_DIM(logits, 0)
-    n_classes = cnp.PyArray_DIM(logits, 1)
     ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
     if (
-        not is_native(logits)
-        or not are_ids(targets, n_rows)
-        or not is_one_slab(n_rows, n_classes, SLAB_ELEMENTS)
+        threads == 0
         or overflow
+        or not are_few_logits(logits, SLAB_ELEMENTS)
+        or not are_ids(targets, logits)
         or (out is not None and not is_gradient(out, logits))
-        or (hess is not None and not (is_gradient(hess, logits) and are_apart(hess, logits)))
-        or (hess is not None and out is not None and not are_apart(hess, out))
-        or (weight is not None and not is_plain_factors(weight, n_classes, out, hess))
-        or (sample_weight is not None and not is_plain_factors(sample_weight, n_rows, out, hess))
+        or (hess is not None and not is_hessian(hess, out, logits))
+        or (weight is not None and not is_plain_weight(weight, logits, out, hess))
+        or (sample_weight is not None and not are_plain_factors(sample_weight, logits, out, hess))
         or not are_plain_numbers(label_smoothing, logit_scale, z_loss)
-        or (class_mask is not None and not is_plain_mask(class_mask, n_classes, out, hess))
-        or (weight is not None and (<double>label_smoothing != 0.0 or <double>z_loss != 0.0))
-        or (class_mask is not None and <double>label_smoothing != 0.0)
-        or not is_plain_factor(grad_output, n_rows, reduction == "none", out, hess)
+        or not is_for_rows(label_smoothing, z_loss, weight is not None, class_mask is not None, softcap is not None)
+        or (class_mask is not None and not is_plain_mask(class_mask, logits, out, hess))
+        or not is_plain_factor(grad_output, logits, reduction == "none", out, hess)
         or not is_denominator(denominator, mean)
     ):
         return None
-    shape[0], shape[1] = n_rows, n_classes
+    kind = cnp.PyArray_TYPE(logits)
+    n_classes = classes_of(logits)
+    n_rows = cnp.PyArray_SIZE(logits) // n_classes
     batch.n_rows = n_rows
     batch.n_classes = n_classes
     batch.with_grad = with_grad
     set_options(&batch, logit_scale, label_smoothing, z_loss, kind == cnp.NPY_FLOAT32)
     if class_mask is not None:
-        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), 0)
+        set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), mask_stride_of(class_mask, logits))
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
-    memory = <char*>malloc((5 * n_rows + n_classes) * sizeof(double) + n_bytes)
+    memory = <char*>malloc((7 * n_rows + n_classes) * sizeof(double) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
@@ -571,7 +566,8 @@ def plain_cross_entropy(
     batch.scales = doubles_of(grad_output if cnp.PyArray_Check(grad_output) else None, batch.losses + 3 * n_rows)
     row_weights = batch.losses + 4 * n_rows
     batch.weight = doubles_of(weight, batch.losses + 5 * n_rows)
-    batch.memory = <char*>(batch.losses + 5 * n_rows + n_classes)
+    results = batch.losses + 5 * n_rows + n_classes
+    batch.memory = <char*>(results + 2 * n_rows)
     try:
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
@@ -580,7 +576,8 @@ def plain_cross_entropy(
         if has_weights(&batch):
             if weight is not None and not are_weights(batch.weight, n_classes, 0.0):
                 return None
-            summed = total_weight(&batch, NULL if weight is None else row_weights, n_live == n_rows)
+            weights = weights_in(&batch)
+            summed = total_weight(&weights, n_rows, NULL if weight is None else row_weights, n_live == n_rows)
             if not summed.are_finite:
                 return None
             divisor = summed.total
@@ -597,50 +594,62 @@ def plain_cross_entropy(
         if mean:
             batch.scale = batch.scale / divisor
         if with_grad and out is None:
-            out = cnp.PyArray_EMPTY(2, shape, kind, 0)
+            out = new_array(logits, cnp.PyArray_NDIM(logits))
         if with_hess and hess is None:
-            hess = cnp.PyArray_EMPTY(2, shape, kind, 0)
+            hess = new_array(logits, cnp.PyArray_NDIM(logits))
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
         batch.hess = <char*>cnp.PyArray_DATA(hess) if with_hess else NULL
         batch.out_stride = batch.hess_stride = batch.logits_stride
-        losses = cnp.PyArray_EMPTY(1, shape, kind, 0) if reduction == "none" else None
-        take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
-        if losses is None:
-            losses = pairwise_sum(batch.losses, n_rows) / (divisor if mean else 1.0)
+        losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
+        if kind_of_loss == NO_TARGET_LOSS:
+            take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
+            results = batch.losses
         else:
-            copy_losses(losses, batch.losses, n_rows)
+            take_twice(&batch, kind_of_loss, parameter, results, results + n_rows, threads, kind == cnp.NPY_FLOAT32)
+        if losses is None:
+            losses = pairwise_sum(results, n_rows) / (divisor if mean else 1.0)
+        else:
+            copy_losses(losses, results, n_rows)
         return (losses, out, hess) if with_hess else (losses, out)
     finally:
         free(memory)
 
 
-cdef inline bint are_plain_numbers(label_smoothing, logit_scale, z_loss) noexcept:
-    return (
-        type(label_smoothing) is float
-        and type(logit_scale) is float
-        and type(z_loss) is float
-        and 0.0 <= <double>label_smoothing <= MOST_SMOOTHING
-        and 0.0 < <double>logit_scale < INFINITY
-        and 0.0 <= <double>z_loss <= MOST_Z_LOSS
-    )
+# Losses of the target's probability: a first pass for the cross-entropies that they are made of, and a second one for
+# the gradient, each row's by its own factor.
+cdef void take_twice(
+    Batch* batch, TargetLoss kind, double parameter, double* losses, double* factors, int num_threads, bint single
+):
+    cdef Batch unweighted = batch[0]
+    cdef Weights weights = weights_in(batch)
+    cdef Py_ssize_t r
+    unweighted.weight = unweighted.sample_weight = NULL
+    unweighted.with_grad = False
+    unweighted.out = NULL
+    take_any_batch(&unweighted, num_threads, single)
+    with nogil:
+        take_target_losses(kind, parameter, &weights, batch.losses, batch.n_rows, losses, factors)
+        for r in range(batch.n_rows):
+            factors[r] *= batch.scale if batch.scales == NULL else batch.scales[r]
+    if batch.with_grad:
+        batch.scales = factors
+        take_any_batch(batch, num_threads, single)
 
 
-# Whether `mask` is a plain bool array of n classes, apart from `out` and `hess`, that shows any of them.
-cdef bint is_plain_mask(mask, Py_ssize_t n, out, hess) noexcept:
-    cdef const uint8_t* shown
-    cdef Py_ssize_t i, n_shown = 0
-    if not is_plain(mask, 1) or cnp.PyArray_TYPE(mask) != cnp.NPY_BOOL or cnp.PyArray_DIM(mask, 0) != n:
-        return False
-    shown = <const uint8_t*>cnp.PyArray_DATA(mask)
-    for i in range(n):
-        n_shown += shown[i] != 0
-    return n_shown > 0 and is_apart_from(mask, out, hess)
-
-
-cdef inline bint is_apart_from(array, out, hess) noexcept:
-    return (out is None or are_apart(out, array)) and (hess is None or are_apart(hess, array))
+def target_losses(
+    TargetLoss kind, double parameter, cnp.ndarray cross_entropies, cnp.ndarray losses, cnp.ndarray factors,
+    cnp.ndarray ids=None, cnp.ndarray weight=None, cnp.ndarray sample_weight=None,
+):
+    """Fill `losses` and `factors` (N,) by the rows' `cross_entropies`, all float64, as take_target_losses does."""
+    cdef Weights weights = weights_at(ids, weight, sample_weight)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(cross_entropies, 0)
+    with nogil:
+        take_target_losses(
+            kind, parameter, &weights, <double*>cnp.PyArray_DATA(cross_entropies), n,
+            <double*>cnp.PyArray_DATA(losses), <double*>cnp.PyArray_DATA(factors),
+        )
 
 
 # Rows of sample weight 0 are skipped like ignored ones.
@@ -650,43 +659,9 @@ cdef void skip_weightless(Batch* batch) noexcept nogil:
         batch.ids[i] = -1 if batch.sample_weight[i] == 0.0 else batch.ids[i]
 
 
-# Whether `factors` is a plain float64 or float32 array of n numbers, apart from `out` and `hess`.
-cdef bint is_plain_factors(factors, Py_ssize_t n, out, hess) noexcept:
-    return (
-        is_plain(factors, 1)
-        and cnp.PyArray_DIM(factors, 0) == n
-        and is_native(factors)
-        and is_apart_from(factors, out, hess)
-    )
-
-
-# Whether `grad_output` is a plain factor: None, a float or, for rows one by one, n floats apart from `out` and `hess`.
-cdef bint is_plain_factor(grad_output, Py_ssize_t n, bint by_rows, out, hess) noexcept:
-    if grad_output is None or type(grad_output) is float:
-        return True
-    return by_rows and is_plain_factors(grad_output, n, out, hess)
-
-
-# Whether n weights are finite and not less than `least`.
-cdef inline bint are_weights(const double* weights, Py_ssize_t n, double least) noexcept nogil:
-    cdef Py_ssize_t i, n_bad = 0
-    for i in range(n):
-        n_bad += 0 if least <= weights[i] and fabs(weights[i]) < INFINITY else 1
-    return n_bad == 0
-
-
-# The numbers of a plain weight, where they lie or, if they are float32, as float64 in `place`.
-cdef double* doubles_of(weight, double* place) noexcept:
-    cdef const float* narrow
-    cdef Py_ssize_t i
-    if weight is None:
-        return NULL
-    if cnp.PyArray_TYPE(weight) == cnp.NPY_FLOAT64:
-        return <double*>cnp.PyArray_DATA(weight)
-    narrow = <const float*>cnp.PyArray_DATA(weight)
-    for i in range(cnp.PyArray_DIM(weight, 0)):
-        place[i] = narrow[i]
-    return place
+def takes(double smoothing, double z_loss, bint weighted, bint masked, bint capped):
+    """Return whether cross_entropy_rows takes class ids with these options."""
+    return is_for_rows(smoothing, z_loss, weighted, masked, capped)
 
 
 def is_plain_gradient(out, logits):
@@ -754,44 +729,21 @@ cdef bint is_bad(int64_t t, Py_ssize_t n_classes, const int64_t* skip, Py_ssize_
 
 
 def sum_weights(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
-    """Return the sum of weight[id] * sample_weight over the rows that are not ignored; None counts as 1."""
-    cdef Batch batch = empty_batch()
-    batch.n_rows = cnp.PyArray_DIM(ids, 0)
-    batch.ids = <int64_t*>cnp.PyArray_DATA(ids)
-    batch.weight = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
-    batch.sample_weight = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
-    return total_weight(&batch, NULL, False).total
+    """Return the sum of weight[id] * sample_weight over the rows that are not ignored.
+
+    None counts as 1, for `ids` as rows that all count; one of `weight` and `sample_weight` is given.
+    """
+    cdef Weights weights = weights_at(ids, weight, sample_weight)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(sample_weight if ids is None else ids, 0)
+    return total_weight(&weights, n, NULL, ids is None).total
 
 
-# The sum of the live rows' weights (`all_live`: of all); `kept`, had with class weights, gets them, 0 of others.
-# All that asks for every sample weight is done here, block by block: a batch's do not stay in the nearest cache.
-cdef WeightSum total_weight(const Batch* batch, double* kept, bint all_live) noexcept nogil:
-    cdef double[256] part
-    cdef double[2] total
-    cdef double* live = part
-    cdef const double* weights
-    cdef Py_ssize_t block, start, i, n
-    cdef WeightSum sum
-    total[0] = total[1] = 0.0
-    sum.n_weightless = 0
-    sum.are_finite = True
-    for block in range((batch.n_rows + 255) // 256):
-        start = block * 256
-        n = smaller(256, batch.n_rows - start)
-        if batch.sample_weight != NULL:
-            sum.are_finite = are_weights(batch.sample_weight + start, n, -INFINITY) and sum.are_finite
-            for i in range(n):
-                sum.n_weightless += 1 if batch.sample_weight[start + i] == 0.0 else 0
-        if kept != NULL:
-            live = kept + start
-        weights = weights_of(batch, start, n, live)
-        if not all_live:
-            for i in range(n):
-                live[i] = 0.0 if batch.ids[start + i] < 0 else weights[i]
-            weights = live
-        add_chunk(total, pairwise_sum(weights, n))
-    sum.total = total[0] + total[1]
-    return sum
+cdef Weights weights_at(cnp.ndarray ids, cnp.ndarray weight, cnp.ndarray sample_weight):
+    cdef Weights weights
+    weights.ids = NULL if ids is None else <int64_t*>cnp.PyArray_DATA(ids)
+    weights.of_classes = NULL if weight is None else <double*>cnp.PyArray_DATA(weight)
+    weights.of_samples = NULL if sample_weight is None else <double*>cnp.PyArray_DATA(sample_weight)
+    return weights
 
 
 def sum_losses(cnp.ndarray losses):

@@ -20,7 +20,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 cimport numpy as cnp
 
@@ -99,16 +99,28 @@ from fastce._kernels.lanes cimport (
 )
 from fastce._kernels.plain cimport (
     GENERAL_SLAB_ELEMENTS,
-    are_apart,
+    are_few_logits,
     are_ids,
+    are_integers,
+    are_plain_factors,
+    are_plain_numbers,
+    classes_of,
     copy_ids,
     copy_losses,
+    doubles_of,
+    is_apart_from,
     is_denominator,
+    is_for_rows,
     is_gradient,
+    is_hessian,
     is_native,
-    is_one_slab,
     is_plain,
     is_plain_activation,
+    is_plain_factor,
+    is_plain_mask,
+    is_plain_weight,
+    mask_stride_of,
+    new_array,
     pairwise_sum,
     threads_of,
 )
@@ -122,6 +134,7 @@ from fastce._kernels.vexp cimport (
     float_of_bits,
     floating,
 )
+from fastce._kernels.weights cimport Weights, WeightSum, are_weights, total_weight
 
 cnp.import_array()
 
@@ -705,8 +718,9 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
     cdef int team = team_for(plan.num_threads)
     cdef Py_ssize_t n_bytes = larger(batch.out_bytes, batch.n_rows * batch.n_classes * sizeof(floating))
     batch.stream = is_streamed(n_bytes, batch.out, batch.logits)
-    if batch.base != NULL:
-        memory += place_base(batch, <floating*>memory)
+    if batch.smoothing != 0.0 and batch.transform.mask_stride == 0:
+        fill_base(batch, <floating*>memory)
+        memory += base_bytes(batch.n_classes, sizeof(floating))
     if team == 1:
         for task in range(plan.n_tasks):
             take_task(batch, &plan, memory, task, like)
@@ -715,14 +729,26 @@ cdef void take_batch(Batch* batch, int num_threads, const floating* like) noexce
             take_task(batch, &plan, memory + threadid() * plan.thread_bytes, task, like)
 
 
-# Copies the base to the front of the working memory, in whole vectors; returns the bytes that takes.
-cdef Py_ssize_t place_base(Batch* batch, floating* base) noexcept nogil:
-    cdef Py_ssize_t i
-    memcpy(base, batch.base, batch.n_classes * sizeof(floating))
-    for i in range(batch.n_classes, padded(batch.n_classes)):
+# The mass that smoothing gives to each class, by its weight, where all rows share it: smoothing/K for the K classes
+# that exist. In whole vectors.
+cdef void fill_base(Batch* batch, floating* base) noexcept nogil:
+    cdef const uint8_t* mask = batch.transform.mask
+    cdef Py_ssize_t i, n_shown = batch.n_classes
+    cdef double uniform, share
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
+    if mask != NULL:
+        n_shown = 0
+        for i in range(batch.n_classes):
+            n_shown += mask[i] != 0
+    uniform = batch.smoothing / larger(1, n_shown)
+    for i in range(padded(batch.n_classes)):
         base[i] = 0
+    for i in range(batch.n_classes):
+        share = uniform if mask == NULL or mask[i] != 0 else 0.0
+        base[i] = <floating>(share if batch.weight == NULL else share * batch.weight[i])
     batch.base = <char*>base
-    return base_bytes(batch.n_classes, sizeof(floating))
+    round_as_before(&rounding)
 
 
 cdef inline Py_ssize_t base_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noexcept nogil:
@@ -758,6 +784,16 @@ cdef Batch empty_batch() noexcept:
     return batch
 
 
+# A batch of logits that lie without gaps; their last axis are the classes.
+cdef Batch batch_like(logits):
+    cdef Batch batch = empty_batch()
+    batch.n_classes = classes_of(logits)
+    batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
+    batch.logits = data_of(logits)
+    batch.logits_stride = batch.n_classes * cnp.PyArray_ITEMSIZE(logits)
+    return batch
+
+
 cdef Batch batch_of(cnp.ndarray logits, char* memory):
     cdef Batch batch = empty_batch()
     batch.n_rows = cnp.PyArray_DIM(logits, 0)
@@ -785,17 +821,15 @@ cdef void take_batch_of(Batch* batch, bint single, int num_threads) noexcept nog
 
 def soft_rows(
     cnp.ndarray logits, cnp.ndarray losses, memory, int num_threads, *, indices=None, values=None, distribution=None,
-    weight=None, sample_weight=None, double smoothing=0.0, base=None, double logit_scale=1.0,
-    double cap=0.0, mask=None, double z_loss=0.0, double scale=1.0, scales=None, out=None, Py_ssize_t out_bytes=0,
-    hess=None, statistics=None,
+    weight=None, sample_weight=None, double smoothing=0.0, double logit_scale=1.0, double cap=0.0, mask=None,
+    double z_loss=0.0, double scale=1.0, scales=None, out=None, Py_ssize_t out_bytes=0, hess=None, statistics=None,
 ):
     """Fill `losses` (N,) float64 and, unless None, `out` and `hess` (N, C) in the logits' dtype.
 
     Rows of `logits`, `distribution`, `out` and `hess` (N, C) are contiguous, native and of one dtype; `indices` (N, m)
     int64 with `values` (N, m) float64 or None (all 1); a negative first index, or `sample_weight` 0, leaves a row out.
-    `base` (C,) in the logits' dtype is smoothing/K by weight, None where each row has its own K. `mask` (N or 1, C) is
-    uint8. `out_bytes` is the size of what `out` is a part of. `statistics`: (lse, probability, entropy, predicted,
-    correct), of which the first three are float64.
+    `mask` (N or 1, C) is uint8. `out_bytes` is the size of what `out` is a part of. `statistics`: (lse, probability,
+    entropy, predicted, correct), of which the first three are float64.
     """
     cdef Batch batch = batch_of(logits, data_of(memory))
     batch.losses = <double*>cnp.PyArray_DATA(losses)
@@ -808,7 +842,6 @@ def soft_rows(
     batch.sample_weight = <double*>data_of(sample_weight)
     batch.certain = 1.0 - smoothing
     batch.smoothing = smoothing
-    batch.base = data_of(base)
     set_scale(&batch.transform, logit_scale, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
     batch.transform.cap = cap
     batch.transform.mask = <uint8_t*>data_of(mask)
@@ -830,70 +863,177 @@ def soft_rows(
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
 
 
-# The plain case in one call, as in rows.pyx. Whatever is not plain, errors included, is left to the general way: the
-# answer is None and nothing has been written.
-def plain_distributions(
-    logits, targets, out, bint with_grad, weight, sample_weight, ignore_index, label_smoothing, logit_scale, z_loss,
-    class_mask, str reduction, denominator, num_threads, grad_output, Py_ssize_t serial_elements, choose_threads,
+# Plain cases in one call, as in rows.pyx, of what general rows take: class ids with options that are not for the
+# kernels there, distributions like the logits, or sparse targets. Whatever is not plain, errors included, is left to
+# the general way: the answer is None and nothing has been written.
+def plain_general(
+    logits, targets, indices, values, out, bint with_grad, hess, bint with_hess, weight, sample_weight, ignore_index,
+    label_smoothing, logit_scale, softcap, z_loss, class_mask, str reduction, denominator, num_threads, grad_output,
+    Py_ssize_t serial_elements, choose_threads,
 ):
-    """Return (reduced losses, gradient or None) against distributions like the logits, (N, C) without options."""
+    """Return (reduced losses, gradient or None) and, `with_hess`, the Hessian, or None if the call is not plain.
+
+    `indices` and `values` are those of sparse targets; then `targets` is not looked at.
+    """
     cdef Batch batch
     cdef int kind, threads
     cdef bint mean = reduction == "mean"
-    cdef double divisor = 1.0
-    cdef Py_ssize_t n_bytes
-    cdef cnp.npy_intp shape[2]
-    cdef double* losses
-    if not is_plain(targets, 2):
+    cdef double divisor
+    cdef Py_ssize_t n, n_bytes
+    cdef double* numbers
+    if indices is None and not cnp.PyArray_CheckExact(targets):
         return None
     threads = threads_of(logits, num_threads, serial_elements, choose_threads)
     if (
         threads == 0
-        or not is_plain(logits, 2)
-        or not is_plain(targets, 2)
-        or not is_native(logits)
-        or cnp.PyArray_TYPE(targets) != cnp.PyArray_TYPE(logits)
-        or not cnp.PyArray_SAMESHAPE(targets, logits)
-        or not is_one_slab(cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1), GENERAL_SLAB_ELEMENTS)
-        or weight is not None
-        or sample_weight is not None
-        or class_mask is not None
-        or not (type(ignore_index) is int and ignore_index == DEFAULT_IGNORED)
-        or not (is_float(label_smoothing, 0.0) and is_float(logit_scale, 1.0) and is_float(z_loss, 0.0))
-        or not (grad_output is None or type(grad_output) is float)
+        or not are_few_logits(logits, GENERAL_SLAB_ELEMENTS)
+        or (out is not None and not is_gradient(out, logits))
+        or (hess is not None and not is_hessian(hess, out, logits))
+        or not (
+            are_entries(indices, values, logits, out, hess) if indices is not None
+            else are_ids(targets, logits) or is_distribution(targets, logits, out, hess)
+        )
+        or (weight is not None and not is_plain_weight(weight, logits, out, hess))
+        or (sample_weight is not None and not are_plain_factors(sample_weight, logits, out, hess))
+        or not are_plain_numbers(label_smoothing, logit_scale, z_loss)
+        or not (softcap is None or (type(softcap) is float and 0.0 < <double>softcap < INFINITY))
+        or (class_mask is not None and not is_plain_mask(class_mask, logits, out, hess))
+        or not is_plain_factor(grad_output, logits, reduction == "none", out, hess)
         or not is_denominator(denominator, mean)
-        or (out is not None and not (is_gradient(out, logits) and are_apart(out, targets)))
     ):
         return None
-    kind = cnp.PyArray_TYPE(logits)
-    batch = batch_of(logits, NULL)
-    batch.distribution = data_of(targets)
-    batch.distribution_stride = stride_of(targets)
-    shape[0], shape[1] = batch.n_rows, batch.n_classes
-    if mean:
-        divisor = batch.n_rows if denominator is None else denominator
-    batch.scale = (1.0 if grad_output is None else <double>grad_output) / divisor
-    n_bytes = memory_for(batch.n_rows, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
-    losses = <double*>malloc(batch.n_rows * sizeof(double) + n_bytes)
-    if losses == NULL:
-        raise MemoryError("fastce could not allocate its working memory")
-    batch.losses = losses
-    batch.memory = <char*>(losses + batch.n_rows)
-    try:
-        if not is_mass_of(&batch, kind == cnp.NPY_FLOAT32, threads):
+    if indices is None and are_ids(targets, logits):
+        if type(ignore_index) is not int or is_for_rows(
+            label_smoothing, z_loss, weight is not None, class_mask is not None, softcap is not None
+        ):
             return None
-        if with_grad:
-            out = cnp.PyArray_EMPTY(2, shape, kind, 0) if out is None else out
-            batch.out = data_of(out)
-            batch.out_stride = batch.logits_stride
-        by_rows = cnp.PyArray_EMPTY(1, shape, kind, 0) if reduction == "none" else None
+    elif not (type(ignore_index) is int and ignore_index == DEFAULT_IGNORED):
+        return None
+    kind = cnp.PyArray_TYPE(logits)
+    batch = batch_like(logits)
+    n = batch.n_rows
+    batch.smoothing = label_smoothing
+    batch.certain = 1.0 - batch.smoothing
+    set_scale(&batch.transform, logit_scale, kind == cnp.NPY_FLOAT32)
+    batch.transform.cap = 0.0 if softcap is None else softcap
+    batch.z_loss = z_loss
+    if class_mask is not None:
+        batch.transform.mask = <uint8_t*>data_of(class_mask)
+        batch.transform.mask_stride = mask_stride_of(class_mask, logits)
+    batch.n_entries = 0
+    if indices is not None:
+        batch.n_entries = cnp.PyArray_DIM(indices, cnp.PyArray_NDIM(indices) - 1)
+    elif are_ids(targets, logits):
+        batch.n_entries = 1
+    n_bytes = memory_for(n, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
+    numbers = <double*>malloc(((3 + 2 * batch.n_entries) * n + batch.n_classes) * sizeof(double) + n_bytes)
+    if numbers == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.losses = numbers
+    batch.sample_weight = doubles_of(sample_weight, numbers + n)
+    batch.scales = doubles_of(grad_output if cnp.PyArray_Check(grad_output) else None, numbers + 2 * n)
+    batch.weight = doubles_of(weight, numbers + 3 * n)
+    numbers += 3 * n + batch.n_classes
+    batch.memory = <char*>(numbers + 2 * batch.n_entries * n)
+    try:
+        if weight is not None and not are_weights(batch.weight, batch.n_classes, 0.0):
+            return None
+        if batch.n_entries == 0 and indices is None:
+            batch.distribution = data_of(targets)
+            batch.distribution_stride = batch.logits_stride
+            if not is_mass_of(&batch, kind == cnp.NPY_FLOAT32, threads):
+                return None
+        elif not take_entries(
+            &batch, targets if indices is None else indices, values, <int64_t*>numbers, numbers + batch.n_entries * n,
+            ignore_index,
+        ):
+            return None
+        if not take_divisor(&batch, indices is None and batch.n_entries == 1, &divisor):
+            return None
+        if denominator is not None:
+            divisor = denominator
+        if mean and divisor == 0.0:
+            return None
+        batch.scale = grad_output if type(grad_output) is float else 1.0
+        if mean:
+            batch.scale = batch.scale / divisor
+        if with_grad and out is None:
+            out = new_array(logits, cnp.PyArray_NDIM(logits))
+        if with_hess and hess is None:
+            hess = new_array(logits, cnp.PyArray_NDIM(logits))
+        batch.out = data_of(out) if with_grad else NULL
+        batch.hess = data_of(hess) if with_hess else NULL
+        batch.out_stride = batch.hess_stride = batch.logits_stride
+        losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
         run(&batch, kind == cnp.NPY_FLOAT32, threads)
-        if by_rows is None:
-            return pairwise_sum(losses, shape[0]) / divisor, out
-        copy_losses(by_rows, losses, shape[0])
-        return by_rows, out
+        if losses is None:
+            losses = pairwise_sum(batch.losses, n) / (divisor if mean else 1.0)
+        else:
+            copy_losses(losses, batch.losses, n)
+        return (losses, out, hess) if with_hess else (losses, out)
     finally:
-        free(losses)
+        free(batch.losses)
+
+
+# Whether `targets` are distributions of the shape and dtype of the logits, apart from `out` and `hess`.
+cdef inline bint is_distribution(targets, logits, out, hess) noexcept:
+    return (
+        is_plain(targets, cnp.PyArray_NDIM(logits))
+        and cnp.PyArray_TYPE(targets) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_SAMESHAPE(targets, logits)
+        and is_apart_from(targets, out, hess)
+    )
+
+
+# Whether `indices` and `values` are those of sparse targets, plain arrays with as many entries for every row, at least
+# one.
+cdef inline bint are_entries(indices, values, logits, out, hess) noexcept:
+    cdef int n_axes = cnp.PyArray_NDIM(logits)
+    return (
+        is_plain(indices, n_axes)
+        and is_plain(values, n_axes)
+        and are_integers(indices)
+        and is_native(values)
+        and cnp.PyArray_SAMESHAPE(indices, values)
+        and memcmp(
+            cnp.PyArray_DIMS(indices), cnp.PyArray_DIMS(logits), (n_axes - 1) * sizeof(cnp.npy_intp)
+        ) == 0
+        and cnp.PyArray_SIZE(indices) > 0
+        and is_apart_from(indices, out, hess)
+        and is_apart_from(values, out, hess)
+    )
+
+
+# Takes class ids (`values` is None) or the entries of sparse targets; returns whether they are in order.
+cdef bint take_entries(Batch* batch, ids, values, int64_t* indices, double* masses, ignore_index) except -1:
+    cdef Py_ssize_t n = batch.n_rows * batch.n_entries
+    cdef int overflow = 0
+    cdef int64_t ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
+    batch.indices = indices
+    if values is None:
+        return not overflow and copy_ids(ids, indices, n, batch.n_classes, ignored) >= 0
+    batch.values = doubles_of(values, masses)
+    # Nothing is ignored: -1 is out of range as well.
+    return copy_ids(ids, indices, n, batch.n_classes, -1) == n and are_weights(batch.values, n, 0.0)
+
+
+# What a mean divides by, as of Problem.total_weight; returns whether the sample weights are finite.
+cdef bint take_divisor(const Batch* batch, bint are_classes, double* divisor) noexcept nogil:
+    cdef Weights weights
+    cdef WeightSum summed
+    cdef Py_ssize_t r, n_live = batch.n_rows
+    weights.ids = batch.indices if are_classes else NULL
+    weights.of_classes = batch.weight if are_classes else NULL
+    weights.of_samples = batch.sample_weight
+    if are_classes:
+        for r in range(batch.n_rows):
+            n_live -= batch.indices[r] < 0
+    divisor[0] = n_live
+    if weights.of_classes == NULL and weights.of_samples == NULL:
+        return True
+    summed = total_weight(&weights, batch.n_rows, NULL, n_live == batch.n_rows)
+    divisor[0] = summed.total
+    return summed.are_finite
 
 
 cdef inline bint is_float(value, double neutral) noexcept:
@@ -1073,31 +1213,31 @@ def plain_statistics(
 ):
     """Return (loss, lse, predicted, correct, probability, entropy) of each row, or None if the call is not plain."""
     cdef Batch batch
-    cdef int overflow = 0, kind, threads
+    cdef int overflow = 0, kind, threads, n_axes
     cdef Py_ssize_t n, n_bytes
     cdef int64_t ignored
     cdef double* numbers
-    cdef cnp.npy_intp shape[1]
-    if not is_plain(targets, 1) or type(ignore_index) is not int or not is_float(logit_scale, 1.0):
+    cdef cnp.npy_intp* shape
+    if not cnp.PyArray_CheckExact(targets) or type(ignore_index) is not int or not is_float(logit_scale, 1.0):
         return None
     ignored = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
     threads = threads_of(logits, num_threads, serial_elements, choose_threads)
     if (
         threads == 0
         or overflow
-        or not is_plain(logits, 2)
-        or not is_native(logits)
-        or not is_one_slab(cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1), GENERAL_SLAB_ELEMENTS)
-        or not are_ids(targets, cnp.PyArray_DIM(logits, 0))
+        or not are_few_logits(logits, GENERAL_SLAB_ELEMENTS)
+        or not are_ids(targets, logits)
     ):
         return None
     kind = cnp.PyArray_TYPE(logits)
-    batch = batch_of(logits, NULL)
-    n = shape[0] = batch.n_rows
-    loss, lse = cnp.PyArray_EMPTY(1, shape, kind, 0), cnp.PyArray_EMPTY(1, shape, kind, 0)
-    probability, entropy = cnp.PyArray_EMPTY(1, shape, kind, 0), cnp.PyArray_EMPTY(1, shape, kind, 0)
-    predicted = cnp.PyArray_EMPTY(1, shape, cnp.NPY_INT64, 0)
-    correct = cnp.PyArray_EMPTY(1, shape, cnp.NPY_BOOL, 0)
+    batch = batch_like(logits)
+    n = batch.n_rows
+    n_axes = cnp.PyArray_NDIM(targets)
+    shape = cnp.PyArray_DIMS(targets)
+    loss, lse = new_array(logits, n_axes), new_array(logits, n_axes)
+    probability, entropy = new_array(logits, n_axes), new_array(logits, n_axes)
+    predicted = cnp.PyArray_EMPTY(n_axes, shape, cnp.NPY_INT64, 0)
+    correct = cnp.PyArray_EMPTY(n_axes, shape, cnp.NPY_BOOL, 0)
     n_bytes = memory_for(n, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
     numbers = <double*>malloc(5 * n * sizeof(double) + n_bytes)
     if numbers == NULL:

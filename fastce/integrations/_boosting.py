@@ -91,7 +91,7 @@ class SoftmaxObjective:
     def focal_factors(self, scores, targets):
         """Return what focal loss multiplies each row's gradient of cross-entropy by."""
         losses = cross_entropy(scores, targets, reduction="none", num_threads=self.num_threads)
-        return focus(losses.astype(np.float64), self.focal_gamma)[1]
+        return focus(losses.astype(np.float64), self.focal_gamma)
 
 
 def as_distributions(targets, n_classes):
