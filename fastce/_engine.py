@@ -510,7 +510,7 @@ def row_blocks(row_shape, limit):
 
     ``array[index]`` holds the rows that are numbered first to stop.
     """
-    n_rows = int(np.prod(row_shape, dtype=np.int64))
+    n_rows = math.prod(row_shape)
     if n_rows <= limit:
         if n_rows:
             yield (...,), 0, n_rows

@@ -86,6 +86,31 @@ def test_a_call_has_the_same_bits_when_its_arguments_are_checked_one_by_one(dtyp
             assert buffer.tobytes() == expected[1].tobytes(), options
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_class_ids_of_every_integer_dtype_are_the_same_ids(dtype):
+    rng = np.random.default_rng(8)
+    logits = rng.normal(0, 4, (40, 100))
+    ids = rng.integers(0, 100, 40)
+    entries = rng.integers(0, 100, (40, 2))
+    ignored = int(ids[3])
+    for options in ({}, {"ignore_index": ignored}, {"softcap": 3.0, "ignore_index": ignored}):
+        expected = fastce.cross_entropy_with_grad(logits, ids, **options)
+        assert bits_of(fastce.cross_entropy_with_grad(logits, ids.astype(dtype), **options)) == bits_of(expected)
+    values = rng.random((40, 2))
+    expected = fastce.cross_entropy_with_grad(logits, SparseTargets(entries, values))
+    got = fastce.cross_entropy_with_grad(logits, SparseTargets(entries.astype(dtype), values))
+    assert bits_of(got) == bits_of(expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_extreme_class_ids_of_narrow_dtypes_are_out_of_range(dtype):
+    for extreme in (np.iinfo(dtype).min, np.iinfo(dtype).max):
+        if 0 <= extreme < 5:
+            continue
+        with pytest.raises(IndexError, match=rf"targets\[1\] = {extreme} "):
+            fastce.cross_entropy(np.zeros((2, 5)), np.array([0, extreme], dtype))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_in_place_of_the_logits_has_the_same_bits(kind):
     rng = np.random.default_rng(5)

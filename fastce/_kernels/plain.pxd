@@ -1,13 +1,21 @@
 """The short ways of calls: which arrays are used as they lie, on how many threads, and how losses are reduced."""
 
 from libc.math cimport INFINITY
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 cimport numpy as cnp
 
 cdef extern from "target.h" nogil:
     void compiler_fence "fastce_compiler_fence" ()
+
+ctypedef fused narrow:
+    int8_t
+    uint8_t
+    int16_t
+    uint16_t
+    int32_t
+    uint32_t
 
 cdef enum:
     MAX_THREADS = 256
@@ -105,8 +113,13 @@ cdef inline int threads_of(logits, num_threads, Py_ssize_t serial_elements, choo
     return num_threads if type(num_threads) is int and 0 < num_threads <= MAX_THREADS else 0
 
 
+# Whether these are integers that copy_ids takes, any that int64 holds.
 cdef inline bint are_integers(array) noexcept:
-    return cnp.PyArray_TYPE(array) == cnp.NPY_INT64 or cnp.PyArray_TYPE(array) == cnp.NPY_INT32
+    cdef int kind = cnp.PyArray_TYPE(array)
+    return (
+        kind == cnp.NPY_INT64 or kind == cnp.NPY_INT32 or kind == cnp.NPY_UINT8 or kind == cnp.NPY_INT8
+        or kind == cnp.NPY_INT16 or kind == cnp.NPY_UINT16 or kind == cnp.NPY_UINT32
+    )
 
 
 cdef inline bint are_ids(targets, logits) noexcept:
@@ -215,18 +228,34 @@ cdef inline double* doubles_of(array, double* place) noexcept:
     return place
 
 
+cdef inline void widen(const narrow* numbers, int64_t* ids, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        ids[i] = numbers[i]
+
+
 # Copies ids with the ignored one as -1; returns how many are live, or -1 if one is out of range. It is the copy that is
 # checked: another thread may write to the targets all the while.
 cdef inline Py_ssize_t copy_ids(
     cnp.ndarray targets, int64_t* ids, Py_ssize_t n, Py_ssize_t n_classes, int64_t ignored
 ) noexcept nogil:
-    cdef const int32_t* narrow = <const int32_t*>cnp.PyArray_DATA(targets)
+    cdef const char* numbers = <const char*>cnp.PyArray_DATA(targets)
+    cdef int kind = cnp.PyArray_TYPE(targets)
     cdef Py_ssize_t i, n_ignored = 0, n_outside = 0
-    if cnp.PyArray_TYPE(targets) == cnp.NPY_INT64:
-        memcpy(ids, cnp.PyArray_DATA(targets), n * sizeof(int64_t))
+    if kind == cnp.NPY_INT64:
+        memcpy(ids, numbers, n * sizeof(int64_t))
+    elif kind == cnp.NPY_INT32:
+        widen(<const int32_t*>numbers, ids, n)
+    elif kind == cnp.NPY_UINT8:
+        widen(<const uint8_t*>numbers, ids, n)
+    elif kind == cnp.NPY_INT8:
+        widen(<const int8_t*>numbers, ids, n)
+    elif kind == cnp.NPY_INT16:
+        widen(<const int16_t*>numbers, ids, n)
+    elif kind == cnp.NPY_UINT16:
+        widen(<const uint16_t*>numbers, ids, n)
     else:
-        for i in range(n):
-            ids[i] = narrow[i]
+        widen(<const uint32_t*>numbers, ids, n)
     compiler_fence()
     for i in range(n):
         n_outside += 1 if <uint64_t>ids[i] >= <uint64_t>n_classes and ids[i] != ignored else 0
