@@ -219,16 +219,21 @@ def split_mask(mask):
 
 def column_rows(logits, out, ids, losses, scale, scales, num_threads, weight, sample_weight):
     """Do what cross_entropy_rows does for logits (G, C, n), of which neighbouring rows lie side by side."""
-    n_groups, n_classes, n = logits.shape
+    n_classes = logits.shape[1]
     memory = np.empty(kernels.column_memory_needed(n_classes, logits.itemsize, num_threads), "u1")
-    step = slab_rows(n_classes, num_threads)
-    for groups, columns in product(slices(n_groups, max(1, step // n)), slices(n, step)):
-        index = groups, slice(None), columns
-        part = slice(groups.start * n + columns.start, (groups.stop - 1) * n + columns.stop)
+    for index, part in column_parts(logits.shape, slab_rows(n_classes, num_threads)):
         kernels.cross_entropy_columns(
             logits[index], ids[part], losses[part], scale, part_of(scales, part), None if out is None else out[index],
             memory, num_threads, weight, part_of(sample_weight, part),
         )
+
+
+def column_parts(shape, step):
+    """Yield (index, slice of the flattened rows): parts of at most `step` rows of columns (G, C, n)."""
+    n_groups, _, n = shape
+    for groups, columns in product(slices(n_groups, max(1, step // n)), slices(n, step)):
+        part = slice(groups.start * n + columns.start, (groups.stop - 1) * n + columns.stop)
+        yield (groups, slice(None), columns), part
 
 
 def as_columns(array, dtype):
@@ -317,7 +322,15 @@ def softmax_rows(logits, out, num_threads):
         return
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab_rows(n_classes, num_threads))
+    slab = slab_rows(n_classes, num_threads)
+    if n_classes <= kernels.MAX_STRIDED_CLASSES:
+        columns, places = as_columns(logits, dtype), as_columns(out, dtype)
+        if columns is not None and places is not None and places.shape == columns.shape:
+            memory = np.empty(kernels.strided_memory_needed(n_rows, n_classes, dtype == np.float32, num_threads), "u1")
+            for index, _ in column_parts(columns.shape, slab):
+                kernels.softmax_columns(columns[index], places[index], memory, num_threads)
+            return
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab)
     memory = np.empty(kernels.memory_needed(walk.step, n_classes, dtype == np.float32, True, num_threads), "u1")
     step = min(n_rows, walk.step)
     ids, losses = np.zeros(step, np.int64), np.empty(step)
@@ -356,7 +369,17 @@ def log_softmax_rows(logits, out, lse, num_threads):
         return
     num_threads = threads_for(logits.size, num_threads)
     dtype = computing_dtype(logits.dtype)
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS))
+    slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
+    if n_classes <= soft.MAX_STRIDED_CLASSES:
+        columns = as_columns(logits, dtype)
+        places = None if out is None or columns is None else as_columns(out, dtype)
+        if columns is not None and (out is None or (places is not None and places.shape == columns.shape)):
+            memory = np.empty(soft.strided_memory_needed(n_rows, n_classes, dtype.itemsize, num_threads), "u1")
+            for index, part in column_parts(columns.shape, slab):
+                values = None if places is None else places[index]
+                soft.log_softmax_columns(columns[index], values, part_of(lse, part), memory, num_threads)
+            return
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab)
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows,), (values,) in walk:
         soft.log_softmax_rows(rows, values, part_of(lse, part), walk.out_bytes, memory, num_threads)

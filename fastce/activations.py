@@ -117,6 +117,11 @@ def logsumexp(logits, axis=AXIS, *, keepdims=False, num_threads=None):
     >>> fastce.logsumexp(np.array([[0.0, 0.0], [100.0, 100.0]])).round(6)
     array([  0.693147, 100.693147])
     """
+    plain = _engine.soft.plain_logsumexp(
+        logits, axis, keepdims, num_threads, _engine.SERIAL_ELEMENTS, _engine.default_threads
+    )
+    if plain is not None:
+        return plain
     logits = _checks.as_logits(logits)
     axis = _checks.as_axis(axis, logits.shape)
     keepdims = _checks.as_bool("keepdims", keepdims)
@@ -130,11 +135,10 @@ def logsumexp(logits, axis=AXIS, *, keepdims=False, num_threads=None):
 
 
 def _activation(logits, axis, out, num_threads, *, logarithm):
-    if axis is AXIS:
-        short = _engine.soft.plain_log_softmax if logarithm else _engine.kernels.plain_softmax
-        plain = short(logits, out, num_threads, _engine.SERIAL_ELEMENTS, _engine.default_threads)
-        if plain is not None:
-            return plain
+    short = _engine.soft.plain_log_softmax if logarithm else _engine.kernels.plain_softmax
+    plain = short(logits, axis, out, num_threads, _engine.SERIAL_ELEMENTS, _engine.default_threads)
+    if plain is not None:
+        return plain
     logits = _checks.as_logits(logits)
     axis = _checks.as_axis(axis, logits.shape)
     num_threads = _checks.as_num_threads(num_threads)

@@ -80,6 +80,13 @@ def calls(classes, rows, dtype, rng):
     yield "columns", lambda place: fastce.cross_entropy_with_grad(
         place(columns), place(ids), axis=0, out=place(np.zeros_like(columns))
     )
+    # Seventy rows side by side are squares, and some beside them.
+    many = np.ascontiguousarray(np.resize(logits, (70 if classes < 5000 else rows, classes)).T)
+    for function in (fastce.softmax, fastce.log_softmax):
+        yield f"{function.__name__} of columns", lambda place, function=function: function(
+            place(many), 0, out=place(np.zeros_like(many))
+        )
+    yield "logsumexp of columns", lambda place: fastce.logsumexp(place(many), 0)
     half = logits.astype(np.float16)
     halves = np.zeros_like(half)
     yield "float16", lambda place: fastce.cross_entropy_with_grad(place(half), place(ids), out=place(halves))

@@ -239,6 +239,102 @@ def test_layouts_and_axes_change_no_bit(dtype, rng):
         assert_same_bits(fastce.logsumexp(np.ascontiguousarray(logits.T), 0), expected[2])
 
 
+# Lengths at the borders of the kernels for classes that lie a stride apart: columns up to 96, squares of 4, tiles of at
+# least 16 rows up to 32768 classes, buffers beyond.
+STRIDED_CLASSES = [1, 2, 3, 4, 5, 8, 9, 21, 95, 96, 97, 99, 128, 1000, 1024, 4097, 32_768, 32_769]
+NEIGHBOURS = [2, 3, 4, 5, 16, 67, 128, 130]
+
+
+def strange_rows(shape, dtype, rng):
+    """Rows (..., C) of which some leave the common window, hold infinities or nan, or are large and near each other."""
+    logits = rng.normal(0, 3, shape) + rng.choice([0, 1, 60, -700, 3000, 1e30], (*shape[:-1], 1), p=[0.7, *[0.06] * 5])
+    flat = logits.reshape(-1, shape[-1])
+    for value in (np.nan, np.inf, -np.inf):
+        for _ in range(1 + len(flat) // 40):
+            flat[rng.integers(len(flat)), rng.integers(shape[-1])] = value
+    flat[rng.integers(len(flat))] = -np.inf
+    flat[rng.integers(len(flat))] = rng.normal(0, 1e-40, shape[-1])
+    return logits.astype(dtype)
+
+
+@pytest.mark.parametrize("classes", STRIDED_CLASSES)
+def test_a_strided_class_axis_changes_no_bit(classes, dtype, rng):
+    for n in NEIGHBOURS if classes < 1000 else (3, 67) if classes < 5000 else (17,):
+        for groups in (1, 3) if classes < 1000 else (1,):
+            rows = strange_rows((groups, n, classes), dtype, rng)
+            columns = np.ascontiguousarray(rows.swapaxes(1, 2))
+            padded = np.full((groups, classes, n + 3), 7, dtype)[..., 1:-2]
+            for function in FUNCTIONS:
+                expected = function(rows)
+                for num_threads in (1, 3):
+                    got = function(columns, 1, num_threads=num_threads)
+                    assert_same_bits(got.swapaxes(1, 2), expected, (n, groups, num_threads))
+                padded[...] = columns
+                for out in (columns.copy(), padded):
+                    # An axis that is no int keeps the call from the short way.
+                    for axis in (1, -2, np.int64(1)):
+                        out[...] = columns
+                        assert function(out, axis, out=out) is out
+                        assert_same_bits(out.swapaxes(1, 2), expected, (n, groups, axis))
+                assert (padded.base[..., [0, -2, -1]] == 7).all()
+            expected = fastce.logsumexp(rows)
+            padded[...] = columns
+            for logits in (columns, padded):
+                for axis in (1, -2, np.int64(1)):
+                    assert_same_bits(fastce.logsumexp(logits, axis), expected, (n, groups))
+                    kept = fastce.logsumexp(logits, axis, keepdims=True, num_threads=2)
+                    assert_same_bits(kept, expected[:, None], (n, groups))
+
+
+def test_the_class_axis_may_be_any_of_many(dtype, rng):
+    for shape in ((3, 5, 4, 6), (1, 5, 1, 6), (2, 1, 3, 1), (7, 2, 1, 1), (100, 3, 3, 1), (5,)):
+        logits = rng.normal(0, 3, shape).astype(dtype)
+        for axis in range(-len(shape), len(shape)):
+            rows = np.ascontiguousarray(np.moveaxis(logits, axis, -1))
+            for function in FUNCTIONS:
+                expected = function(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
+                assert_same_bits(np.moveaxis(function(logits, axis), axis, -1), expected, (shape, axis))
+            expected = fastce.logsumexp(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape[:-1])
+            for keepdims in (False, True):
+                got = fastce.logsumexp(logits, axis, keepdims=keepdims)
+                assert type(got) is np.ndarray
+                assert_same_bits(got, np.expand_dims(expected, axis) if keepdims else expected, (shape, axis))
+
+
+@pytest.mark.parametrize(("classes", "n"), [(21, 110_007), (150, 20_011)])
+def test_columns_too_large_for_the_caches_have_the_same_bits(classes, n, dtype, rng):
+    columns = np.tile(rng.normal(0, 3, (2, classes, 7)).astype(dtype), n // 7 + 1)[..., :n].copy()
+    columns[0, 0, 5], columns[1, :, n - 1] = np.nan, -np.inf
+    for function in FUNCTIONS:
+        expected = function(np.ascontiguousarray(columns.swapaxes(1, 2)))
+        buffer = np.full(columns.size + 3, 7, dtype)
+        out = buffer[1:-2].reshape(columns.shape)
+        function(columns, 1, out=out)
+        assert_same_bits(out.swapaxes(1, 2), expected)
+        assert (buffer[[0, -2, -1]] == 7).all()
+        out[...] = columns
+        function(out, 1, out=out)
+        assert_same_bits(out.swapaxes(1, 2), expected)
+    assert_same_bits(fastce.logsumexp(columns, 1), fastce.logsumexp(np.ascontiguousarray(columns.swapaxes(1, 2))))
+
+
+@pytest.mark.thread_unsafe(reason="replaces sizes that fastce works with")
+def test_no_size_of_slabs_or_blocks_changes_a_bit(dtype, rng, monkeypatch):
+    rows = [strange_rows(shape, dtype, rng) for shape in ((1, 1200, 5), (3, 400, 5), (400, 3, 5), (2, 60, 130))]
+    expected = [function(logits) for logits in rows for function in (*FUNCTIONS, fastce.logsumexp)]
+    monkeypatch.setattr(fastce._engine, "slab_rows", lambda n_classes, num_threads, elements=0: 7)
+    monkeypatch.setattr(fastce._engine, "BUFFER_ELEMENTS", 512)
+    got = []
+    for logits in rows:
+        columns = np.ascontiguousarray(logits.swapaxes(1, 2))
+        got += [function(columns, np.int64(1)).swapaxes(1, 2) for function in FUNCTIONS]
+        got += [fastce.logsumexp(columns, np.int64(1))]
+        for function, wanted in zip((*FUNCTIONS, fastce.logsumexp), expected[len(got) - 3 :], strict=False):
+            assert_same_bits(function(logits, np.int64(2)), wanted)
+    for one, other in zip(got, expected, strict=True):
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("shape", [(3000, 5), (300, 97), (40, 1000), (9, 5000), (3, 70_000)], ids=str)
 def test_threads_and_the_place_in_the_batch_change_no_bit(shape, dtype, rng):
     logits = (rng.normal(0, 1, shape) * rng.choice([1, 60, 3000], (shape[0], 1))).astype(dtype)
@@ -266,7 +362,8 @@ def test_logits_that_cannot_be_right(function):
     masked = np.ma.masked_less(np.array([[1.0, -1.0]]), 0)
     with pytest.raises(TypeError, match="logits"):
         function(masked)
-    for axis, error in ((2, ValueError), (-3, ValueError), (1.0, TypeError), (None, TypeError), (True, TypeError)):
+    outside = [(axis, ValueError) for axis in (2, -3, 1 << 70)]
+    for axis, error in (*outside, (1.0, TypeError), (None, TypeError), (True, TypeError)):
         with pytest.raises(error, match="axis"):
             function(np.zeros((2, 3)), axis)
     for num_threads, error in ((0, ValueError), (True, TypeError), (2.0, TypeError)):

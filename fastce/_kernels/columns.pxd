@@ -1,6 +1,7 @@
 """Short rows side by side: the class axis is strided, neighbouring rows lie next to each other (images)."""
 
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from fastce._kernels.block cimport (
     BLOCK_ROWS,
@@ -50,9 +51,7 @@ cdef inline void take_columns(
     cdef double total
     cdef Py_ssize_t c, r, t, n_outside = 0
     cdef ExpWindow window = exp_window(like, run_time_value(small_shift(like)), 0.0)
-    for c in range(batch.n_classes):
-        ask_for_column(x, stride, c + COLUMNS_AHEAD, batch.n_classes, n * sizeof(floating))
-        exp_column(<const floating*>(x + c * stride), terms + c * BLOCK_ROWS, n, &window)
+    exp_columns(x, stride, batch.n_classes, n, terms, &window)
     load_scales(batch, rows, first, n)
     for r in range(n):
         t = ids[r]
@@ -79,6 +78,62 @@ cdef inline void take_columns(
     put_losses(batch, rows, first, n)
     if out != NULL:
         write_columns(terms, batch.n_classes, ids, n, rows, out, out_stride, batch.stream)
+
+
+# The softmax of n rows, as they lie there and with the numbers of take_small_rows, to the bit: by class 0, as if that
+# were every row's target. No losses, no logarithms.
+cdef inline void take_softmax_columns(
+    const Batch* batch, Scratch* rows, Py_ssize_t n, const char* x, Py_ssize_t stride, char* out,
+    Py_ssize_t out_stride, const floating* like,
+) noexcept nogil:
+    cdef floating* terms = <floating*>terms_of(rows)
+    cdef floating[BLOCK_ROWS] factor
+    cdef double total
+    cdef Py_ssize_t c, r, n_outside = 0, n_special = 0
+    cdef ExpWindow window = exp_window(like, run_time_value(small_shift(like)), 0.0)
+    exp_columns(x, stride, batch.n_classes, n, terms, &window)
+    for r in range(n):
+        rows.at_target[r] = terms[r]
+        terms[r] = 0
+    sum_columns(terms, batch.n_classes, n, rows.others)
+    for r in range(n):
+        total = rows.others[r] + rows.at_target[r]
+        n_outside += 0 if small_sum_low(like) <= total < sum_limit(like) else 1
+    for r in range(n if n_outside else 0):
+        total = rows.others[r] + rows.at_target[r]
+        if not small_sum_low(like) <= total < sum_limit(like):
+            take_lone_column(terms + r, batch.n_classes, 0, rows, r, x + r * sizeof(floating), stride)
+    for r in range(n):
+        rows.inverse[r] = 1.0 / (rows.others[r] + rows.at_target[r])
+        factor[r] = <floating>rows.inverse[r]
+        n_special += leaves_dtype(like, rows.inverse[r], 1.0)
+    for r in range(n if n_special else 0):
+        if not is_normal(like, 1.0, rows.inverse[r]):
+            rows.scale[r] = 1.0
+            rows.steep[r] = 0.0
+            factor[r] = 1
+            for c in range(1, batch.n_classes):
+                scale_terms(terms + c * BLOCK_ROWS + r, terms + c * BLOCK_ROWS + r, 1, rows, r, 0.0)
+    for r in range(n):
+        total = rows.at_target[r] * rows.inverse[r]
+        terms[r] = <floating>(1.0 if rows.others[r] == 0.0 else total)
+    for c in range(batch.n_classes):
+        if c > 0:
+            scale_column(terms + c * BLOCK_ROWS, terms + c * BLOCK_ROWS, factor, n)
+        if batch.stream:
+            stream_piece(<floating*>(out + c * out_stride), terms + c * BLOCK_ROWS, n)
+        else:
+            memcpy(out + c * out_stride, terms + c * BLOCK_ROWS, n * sizeof(floating))
+
+
+# The exponentials of a block, class by class.
+cdef inline void exp_columns(
+    const char* x, Py_ssize_t stride, Py_ssize_t n_classes, Py_ssize_t n, floating* terms, const ExpWindow* window
+) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(n_classes):
+        ask_for_column(x, stride, c + COLUMNS_AHEAD, n_classes, n * sizeof(floating))
+        exp_column(<const floating*>(x + c * stride), terms + c * BLOCK_ROWS, n, window)
 
 
 # Class c of these rows or, beyond the last one, the first ones of the rows after them.

@@ -188,6 +188,10 @@ cdef inline void settle_rows(
     cdef Py_ssize_t r
     for r in range(start, end):
         rows.lse[r] = own.maximum[r] + rows.loss[r]
+    if batch.kind == LOG_SOFTMAX:
+        put_lse(batch, own, first, start, end)
+        return
+    for r in range(start, end):
         rows.scale[r] = own.mass[r] + own.mass_at_maximum[r]
         own.loss[r] = rows.scale[r] * rows.loss[r] + own.linear[r]
         own.steepness[r] = 0.0
@@ -214,12 +218,20 @@ cdef inline void settle_rows(
         memcpy(batch.losses + first + start, own.loss + start, (end - start) * sizeof(double))
     if batch.lse != NULL:
         memcpy(batch.lse + first + start, rows.lse + start, (end - start) * sizeof(double))
-        if batch.kind != GRADIENT:
-            for r in range(start, end):
-                if fabs(own.maximum[r]) == INFINITY:
-                    batch.lse[first + r] = own.infinite[r]
     if batch.predicted != NULL:
         put_statistics(batch, own, first, start, end)
+
+
+# The log-sum-exp of rows for their own sake: that of a row whose largest logit is infinite may be infinite too.
+cdef inline void put_lse(
+    const Batch* batch, const Own* own, Py_ssize_t first, Py_ssize_t start, Py_ssize_t end
+) noexcept nogil:
+    cdef Py_ssize_t r
+    if batch.lse != NULL:
+        memcpy(batch.lse + first + start, own.rows.lse + start, (end - start) * sizeof(double))
+        for r in range(start, end):
+            if fabs(own.maximum[r]) == INFINITY:
+                batch.lse[first + r] = own.infinite[r]
 
 
 cdef inline void put_statistics(

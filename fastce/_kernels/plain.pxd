@@ -1,5 +1,6 @@
 """The short ways of calls: which arrays are used as they lie, on how many threads, and how losses are reduced."""
 
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -94,9 +95,33 @@ cdef inline bint are_few_logits(logits, Py_ssize_t elements) noexcept:
     )
 
 
-# Whether these are logits and, unless it is None, an array for what each of them becomes.
-cdef inline bint is_plain_activation(logits, out, Py_ssize_t elements) noexcept:
-    return are_few_logits(logits, elements) and (out is None or is_gradient(out, logits))
+# The class axis, counted from the first one, of logits that are plain along it, or -1. They have at most a slab of
+# elements; `out` is None or an array for what each of them becomes.
+cdef inline Py_ssize_t plain_axis(logits, axis, out, Py_ssize_t elements) noexcept:
+    cdef int overflow = 0
+    cdef Py_ssize_t index, n_axes, n_classes
+    if type(axis) is not int or not is_logits(logits) or cnp.PyArray_SIZE(logits) == 0:
+        return -1
+    n_axes = cnp.PyArray_NDIM(logits)
+    index = PyLong_AsLongLongAndOverflow(axis, &overflow)
+    if overflow or not -n_axes <= index < n_axes:
+        return -1
+    index += n_axes if index < 0 else 0
+    n_classes = cnp.PyArray_DIM(logits, <int>index)
+    if not is_one_slab(cnp.PyArray_SIZE(logits) // n_classes, n_classes, elements):
+        return -1
+    return index if out is None or is_gradient(out, logits) else -1
+
+
+# How many elements lie from one class to the next along an axis of C-contiguous logits; 1 where there is but one class.
+# By the lengths: the stride of an axis of length 1 may be anything.
+cdef inline Py_ssize_t elements_below(cnp.ndarray logits, Py_ssize_t axis) noexcept:
+    cdef Py_ssize_t i, below = 1
+    if cnp.PyArray_DIM(logits, <int>axis) == 1:
+        return 1
+    for i in range(axis + 1, cnp.PyArray_NDIM(logits)):
+        below *= cnp.PyArray_DIM(logits, <int>i)
+    return below
 
 
 cdef inline bint is_denominator(denominator, bint mean) noexcept:

@@ -54,7 +54,7 @@ from fastce._kernels.block cimport (
     steepen,
     weights_in,
 )
-from fastce._kernels.columns cimport column_terms, take_columns
+from fastce._kernels.columns cimport column_terms, take_columns, take_softmax_columns
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport (
     CHUNK,
@@ -81,17 +81,18 @@ from fastce._kernels.plain cimport (
     copy_ids,
     copy_losses,
     doubles_of,
+    elements_below,
     is_denominator,
     is_for_rows,
     is_gradient,
     is_hessian,
-    is_plain_activation,
     is_plain_factor,
     is_plain_mask,
     is_plain_weight,
     mask_stride_of,
     new_array,
     pairwise_sum,
+    plain_axis,
     threads_of,
 )
 from fastce._kernels.small cimport SMALL_CLASSES, repeat_limits, small_block_rows, take_small_rows
@@ -107,6 +108,18 @@ from fastce._kernels.split cimport (
 )
 from fastce._kernels.staged cimport limit_of, no_options, set_scale
 from fastce._kernels.target_losses cimport FOCAL, NO_TARGET_LOSS, POLY, TargetLoss, take_target_losses
+from fastce._kernels.tiles cimport (
+    TILE_CLASSES,
+    Grid,
+    grid_of,
+    load_tile,
+    plain_grid,
+    store_tile,
+    tile_bytes,
+    tile_pitch,
+    tile_rows,
+    tiles_of,
+)
 from fastce._kernels.vexp cimport floating
 from fastce._kernels.weights cimport Weights, WeightSum, are_weights, total_weight
 
@@ -118,6 +131,7 @@ cnp.import_array()
 
 MAX_COLUMN_CLASSES = SMALL_CLASSES  # what cross_entropy_columns takes
 TARGET_LOSSES = {"focal": FOCAL, "poly": POLY}
+MAX_STRIDED_CLASSES = TILE_CLASSES     # what softmax_columns takes
 
 cdef enum:
     # Rows up to this length go through the pipeline of medium.pxd: at 1000 classes it took 0.26 ns a logit and
@@ -256,48 +270,91 @@ cdef void take_task(
     round_as_before(&rounding)
 
 
-# Rows whose classes are strided: `outer` groups of `inner` neighbouring rows, in blocks of BLOCK_ROWS of them.
-cdef struct Grid:
-    Py_ssize_t outer
-    Py_ssize_t inner
-    Py_ssize_t stride               # bytes from one group's logits to the next, and from one class to the next
-    Py_ssize_t class_stride
-    Py_ssize_t out_stride
-    Py_ssize_t out_class_stride
-    Py_ssize_t thread_bytes
-
-
-cdef void take_grid(Batch* batch, const Grid* grid, int num_threads, const floating* like) noexcept nogil:
+# Short rows whose classes are strided, in blocks of BLOCK_ROWS neighbours.
+cdef void take_grid(
+    Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, const floating* like
+) noexcept nogil:
     cdef char* memory = next_line(batch.memory)
+    cdef Py_ssize_t n_bytes = column_bytes(batch.n_classes, sizeof(floating))
     cdef Py_ssize_t blocks = (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
-    cdef Py_ssize_t block, n_blocks = blocks * grid.outer
+    cdef Py_ssize_t block, n_blocks = blocks * (batch.n_rows // grid.inner)
     batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
     num_threads = team_for(<int>smaller(num_threads, n_blocks))
     if num_threads <= 1:
         for block in range(n_blocks):
-            take_grid_block(batch, grid, <Scratch*>memory, block // blocks, block % blocks * BLOCK_ROWS, like)
+            take_grid_block(
+                batch, grid, out_grid, <Scratch*>memory, block // blocks, block % blocks * BLOCK_ROWS, like
+            )
     else:
         for block in prange(n_blocks, num_threads=num_threads, schedule="dynamic", chunksize=4):
             take_grid_block(
-                batch, grid, <Scratch*>(memory + threadid() * grid.thread_bytes), block // blocks,
+                batch, grid, out_grid, <Scratch*>(memory + threadid() * n_bytes), block // blocks,
                 block % blocks * BLOCK_ROWS, like,
             )
 
 
 cdef void take_grid_block(
-    const Batch* batch, const Grid* grid, Scratch* rows, Py_ssize_t group, Py_ssize_t start, const floating* like
+    const Batch* batch, const Grid* grid, const Grid* out_grid, Scratch* rows, Py_ssize_t group, Py_ssize_t start,
+    const floating* like,
 ) noexcept nogil:
-    cdef Py_ssize_t offset = start * <Py_ssize_t>sizeof(floating)
-    cdef char* out = NULL if batch.out == NULL else batch.out + group * grid.out_stride + offset
+    cdef Py_ssize_t offset = start * <Py_ssize_t>sizeof(floating), n = smaller(BLOCK_ROWS, grid.inner - start)
+    cdef const char* logits = batch.logits + group * grid.group_stride + offset
+    cdef char* out = NULL if batch.out == NULL else batch.out + group * out_grid.group_stride + offset
     cdef Rounding rounding
     round_to_nearest(&rounding)
-    take_columns(
-        batch, rows, group * grid.inner + start, smaller(BLOCK_ROWS, grid.inner - start),
-        batch.logits + group * grid.stride + offset, grid.class_stride, out, grid.out_class_stride, like,
-    )
+    if batch.is_softmax:
+        take_softmax_columns(batch, rows, n, logits, grid.class_stride, out, out_grid.class_stride, like)
+    else:
+        take_columns(
+            batch, rows, group * grid.inner + start, n, logits, grid.class_stride, out, out_grid.class_stride, like
+        )
     if batch.stream:
         stream_fence()
     round_as_before(&rounding)
+
+
+# The softmax of rows whose classes are strided, tile by tile: turned, taken as any other rows are, and turned back.
+cdef void take_tiles(
+    Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_rows = tile_rows(batch.n_classes), n_tiles = tiles_of(batch.n_rows, batch.n_classes), tile
+    cdef Py_ssize_t n_bytes = tile_thread_bytes(batch.n_classes, sizeof(floating) == sizeof(float))
+    num_threads = team_for(<int>smaller(num_threads, n_tiles))
+    if num_threads <= 1:
+        for tile in range(n_tiles):
+            take_tile(batch, grid, out_grid, batch.memory, tile * n_rows, like)
+    else:
+        for tile in prange(n_tiles, num_threads=num_threads, schedule="dynamic", chunksize=1):
+            take_tile(batch, grid, out_grid, batch.memory + threadid() * n_bytes, tile * n_rows, like)
+
+
+cdef void take_tile(
+    const Batch* batch, const Grid* grid, const Grid* out_grid, char* memory, Py_ssize_t first, const floating* like
+) noexcept nogil:
+    cdef Batch own = batch[0]
+    cdef Plan plan
+    own.n_rows = smaller(tile_rows(batch.n_classes), batch.n_rows - first)
+    own.logits = own.out = next_line(memory)
+    own.logits_stride = own.out_stride = tile_pitch(batch.n_classes) * sizeof(floating)
+    own.losses = <double*>(own.logits + tile_bytes(batch.n_classes, sizeof(floating)))
+    own.ids = <int64_t*>(own.losses + tile_rows(batch.n_classes))
+    own.memory = <char*>(own.ids + tile_rows(batch.n_classes))
+    memset(own.ids, 0, own.n_rows * sizeof(int64_t))
+    load_tile(grid, batch.logits, first, own.n_rows, batch.n_classes, <floating*>own.logits)
+    plan = plan_batch(&own, 1, like)
+    take_task(&own, <Scratch*>plan.memory, 0, own.n_rows, plan.block_rows, like)
+    store_tile(out_grid, batch.out, first, own.n_rows, batch.n_classes, <const floating*>own.out)
+
+
+cdef Py_ssize_t tile_thread_bytes(Py_ssize_t n_classes, bint single) noexcept nogil:
+    cdef Batch batch = empty_batch()
+    batch.n_rows = tile_rows(n_classes)
+    batch.n_classes = n_classes
+    batch.with_grad = True
+    return (
+        64 + tile_bytes(n_classes, sizeof(float) if single else sizeof(double)) + memory_of(&batch, 1, single)
+        + batch.n_rows * <Py_ssize_t>(sizeof(double) + sizeof(int64_t))
+    )
 
 
 # Few rows, many classes. The same numbers as take_rows, to the bit: chunks of the same size are summed in the same
@@ -418,36 +475,105 @@ def softmax_rows(
     take_any_batch(&batch, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
 
 
-def plain_softmax(logits, out, num_threads, Py_ssize_t serial_elements, choose_threads):
-    """Return `out` or a new array, filled with the softmax along the last axis, or None if the call is not plain."""
+def plain_softmax(logits, axis, out, num_threads, Py_ssize_t serial_elements, choose_threads):
+    """Return `out` or a new array, filled with the softmax along an axis, or None if the call is not plain."""
     cdef Batch batch = empty_batch()
+    cdef Grid grid
     cdef int threads = threads_of(logits, num_threads, serial_elements, choose_threads)
+    cdef Py_ssize_t n_bytes, class_axis = plain_axis(logits, axis, out, SLAB_ELEMENTS), below
     cdef bint single
-    cdef Py_ssize_t n_bytes
     cdef char* memory
-    if threads == 0 or not is_plain_activation(logits, out, SLAB_ELEMENTS):
+    if threads == 0 or class_axis < 0:
         return None
+    below = elements_below(logits, class_axis)
     single = cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32
-    batch.n_classes = cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
+    batch.n_classes = cnp.PyArray_DIM(logits, <int>class_axis)
     batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
+    if below > 1 and batch.n_classes > TILE_CLASSES:
+        return None
     batch.logits_stride = batch.out_stride = batch.n_classes * cnp.PyArray_ITEMSIZE(logits)
     batch.logits = <char*>cnp.PyArray_DATA(logits)
     batch.with_grad = batch.is_softmax = True
     batch.scale = 1.0
-    n_bytes = memory_of(&batch, threads, single)
+    if below > 1:
+        n_bytes = strided_memory(batch.n_rows, batch.n_classes, single, threads)
+    else:
+        n_bytes = memory_of(&batch, threads, single) + 2 * batch.n_rows * sizeof(double)
     if out is None:
         out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), cnp.PyArray_TYPE(logits), 0)
     batch.out = <char*>cnp.PyArray_DATA(out)
-    memory = <char*>malloc(2 * batch.n_rows * sizeof(double) + n_bytes)
+    memory = <char*>malloc(n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
-    batch.losses = <double*>memory
-    batch.ids = <int64_t*>(batch.losses + batch.n_rows)
-    batch.memory = <char*>(batch.ids + batch.n_rows)
-    memset(batch.ids, 0, batch.n_rows * sizeof(int64_t))
-    take_any_batch(&batch, threads, single)
+    if below > 1:
+        batch.memory = memory
+        grid = plain_grid(batch.n_classes, below, cnp.PyArray_ITEMSIZE(logits))
+        take_any_strided(&batch, &grid, &grid, threads, single)
+    else:
+        batch.losses = <double*>memory
+        batch.ids = <int64_t*>(batch.losses + batch.n_rows)
+        batch.memory = <char*>(batch.ids + batch.n_rows)
+        memset(batch.ids, 0, batch.n_rows * sizeof(int64_t))
+        take_any_batch(&batch, threads, single)
     free(memory)
     return out
+
+
+def strided_memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, int num_threads):
+    """Return the bytes of working memory for softmax_columns of at most `n_rows` rows."""
+    return strided_memory(n_rows, n_classes, single, num_threads)
+
+
+def softmax_columns(cnp.ndarray logits, cnp.ndarray out, cnp.ndarray memory, int num_threads):
+    """Do what softmax_rows does, for `logits` and `out` (G, C, n) of at most MAX_STRIDED_CLASSES classes.
+
+    The last axis is contiguous.
+    """
+    cdef Batch batch = empty_batch()
+    cdef Grid grid = grid_of(logits), out_grid = grid_of(out)
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    batch.n_rows = cnp.PyArray_DIM(logits, 0) * grid.inner
+    batch.logits = <char*>cnp.PyArray_DATA(logits)
+    batch.out = <char*>cnp.PyArray_DATA(out)
+    batch.with_grad = batch.is_softmax = True
+    batch.scale = 1.0
+    batch.memory = <char*>cnp.PyArray_DATA(memory)
+    take_any_strided(&batch, &grid, &out_grid, num_threads, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32)
+
+
+# The working memory for the softmax of rows whose classes are strided.
+cdef Py_ssize_t strided_memory(
+    Py_ssize_t n_rows, Py_ssize_t n_classes, bint single, int num_threads
+) noexcept nogil:
+    if n_classes <= SMALL_CLASSES:
+        return smaller(num_threads, n_rows) * column_bytes(n_classes, sizeof(float) if single else sizeof(double)) + 64
+    return smaller(num_threads, tiles_of(n_rows, n_classes)) * tile_thread_bytes(n_classes, single)
+
+
+cdef void take_any_strided(Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, bint single):
+    if num_threads == 1 and batch.n_rows * batch.n_classes < GIL_ELEMENTS:
+        take_strided_of(batch, grid, out_grid, 1, single)
+    else:
+        with nogil:
+            take_strided_of(batch, grid, out_grid, num_threads, single)
+
+
+cdef void take_strided_of(
+    Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, bint single
+) noexcept nogil:
+    if single:
+        take_strided(batch, grid, out_grid, num_threads, <const float*>NULL)
+    else:
+        take_strided(batch, grid, out_grid, num_threads, <const double*>NULL)
+
+
+cdef void take_strided(
+    Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, const floating* like
+) noexcept nogil:
+    if batch.n_classes <= SMALL_CLASSES:
+        take_grid(batch, grid, out_grid, num_threads, like)
+    else:
+        take_tiles(batch, grid, out_grid, num_threads, like)
 
 
 def column_memory_needed(Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
@@ -468,21 +594,14 @@ def cross_entropy_columns(
     The last axis is contiguous; rows are numbered along the first and the last axis.
     """
     cdef Batch batch = empty_batch()
-    cdef Grid grid
+    cdef Grid grid = grid_of(logits), out_grid = grid_of(logits if out is None else out)
     fill_batch(&batch, logits, ids, losses, scale, scales, out, memory, weight, sample_weight)
     batch.n_classes = cnp.PyArray_DIM(logits, 1)
-    grid.outer = cnp.PyArray_DIM(logits, 0)
-    grid.inner = cnp.PyArray_DIM(logits, 2)
-    grid.stride = cnp.PyArray_STRIDE(logits, 0)
-    grid.class_stride = cnp.PyArray_STRIDE(logits, 1)
-    grid.out_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 0)
-    grid.out_class_stride = 0 if out is None else cnp.PyArray_STRIDE(out, 1)
-    grid.thread_bytes = column_bytes(batch.n_classes, cnp.PyArray_ITEMSIZE(logits))
     with nogil:
         if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32:
-            take_grid(&batch, &grid, num_threads, <const float*>NULL)
+            take_grid(&batch, &grid, &out_grid, num_threads, <const float*>NULL)
         else:
-            take_grid(&batch, &grid, num_threads, <const double*>NULL)
+            take_grid(&batch, &grid, &out_grid, num_threads, <const double*>NULL)
 
 
 cdef void fill_batch(

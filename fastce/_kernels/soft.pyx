@@ -34,6 +34,7 @@ from fastce._kernels.block cimport (
     stream,
     stream_piece,
 )
+from fastce._kernels.columns cimport column_terms
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.general cimport (
     GRADIENT,
@@ -97,6 +98,7 @@ from fastce._kernels.lanes cimport (
     total_of,
     window_below,
 )
+from fastce._kernels.log_columns cimport take_log_columns
 from fastce._kernels.plain cimport (
     GENERAL_SLAB_ELEMENTS,
     are_few_logits,
@@ -108,6 +110,7 @@ from fastce._kernels.plain cimport (
     copy_ids,
     copy_losses,
     doubles_of,
+    elements_below,
     is_apart_from,
     is_denominator,
     is_for_rows,
@@ -115,18 +118,30 @@ from fastce._kernels.plain cimport (
     is_hessian,
     is_native,
     is_plain,
-    is_plain_activation,
     is_plain_factor,
     is_plain_mask,
     is_plain_weight,
     mask_stride_of,
     new_array,
     pairwise_sum,
+    plain_axis,
     threads_of,
 )
 from fastce._kernels.short cimport BUFFER, SHORT_CLASSES, take_short_rows
 from fastce._kernels.small cimport small_block_rows
 from fastce._kernels.staged cimport hide, is_identity, padded, set_scale, stage_logits
+from fastce._kernels.tiles cimport (
+    TILE_CLASSES,
+    Grid,
+    grid_of,
+    load_tile,
+    plain_grid,
+    store_tile,
+    tile_bytes,
+    tile_pitch,
+    tile_rows,
+    tiles_of,
+)
 from fastce._kernels.vexp cimport (
     ExpWindow,
     bits_of_float,
@@ -138,12 +153,15 @@ from fastce._kernels.weights cimport Weights, WeightSum, are_weights, total_weig
 
 cnp.import_array()
 
+MAX_STRIDED_CLASSES = TILE_CLASSES     # what log_softmax_columns takes
+
 cdef enum:
     # Rows up to this length keep their logits, exponentials and mass; longer ones compute them again for the gradient.
     KEEP_CLASSES = 65536
     ROWS_KEPT = 3           # one that leaves, one that is summed, one whose largest logit is looked for
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
     GIL_ELEMENTS = 2048     # batches below keep the GIL
+    MAX_AXES = 64           # of an array of NumPy's
     DEFAULT_IGNORED = -100  # of ignore_index; with distributions no other is meant
     SLACK_BYTES = 128       # before each buffer of pieces: what exp_last_block writes in front of a short last piece
 
@@ -755,6 +773,93 @@ cdef inline Py_ssize_t base_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noe
     return (padded(n_classes) * itemsize + 63) // 64 * 64
 
 
+# ---- the batch, its classes strided ---------------------------------------------------------------------------------
+
+# The log-softmax of rows whose classes are strided. Short ones are taken as they lie, in blocks of neighbours; longer
+# ones tile by tile: turned, taken as any other rows are, and turned back.
+cdef void take_strided(
+    Batch* batch, const Grid* grid, const Grid* out_grid, int num_threads, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n_bytes = strided_thread_bytes(batch.n_classes, sizeof(floating))
+    cdef Py_ssize_t part, n_parts = tiles_of(batch.n_rows, batch.n_classes)
+    cdef int team
+    if batch.n_classes <= SHORT_CLASSES:
+        n_parts = blocks_of(grid) * (batch.n_rows // grid.inner)
+    batch.stream = is_streamed(batch.n_rows * batch.n_classes * sizeof(floating), batch.out, batch.logits)
+    team = team_for(<int>smaller(num_threads, n_parts))
+    if team == 1:
+        for part in range(n_parts):
+            take_strided_part(batch, grid, out_grid, batch.memory, part, like)
+    else:
+        for part in prange(n_parts, num_threads=team, schedule="dynamic", chunksize=1):
+            take_strided_part(batch, grid, out_grid, batch.memory + threadid() * n_bytes, part, like)
+
+
+cdef void take_strided_part(
+    const Batch* batch, const Grid* grid, const Grid* out_grid, char* memory, Py_ssize_t part, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t blocks = blocks_of(grid)
+    if batch.n_classes <= SHORT_CLASSES:
+        take_columns(
+            batch, grid, out_grid, <Own*>next_line(memory), part // blocks, part % blocks * BLOCK_ROWS, like
+        )
+    else:
+        take_tile(batch, grid, out_grid, next_line(memory), part * tile_rows(batch.n_classes), like)
+
+
+cdef void take_columns(
+    const Batch* batch, const Grid* grid, const Grid* out_grid, Own* own, Py_ssize_t group, Py_ssize_t start,
+    const floating* like,
+) noexcept nogil:
+    cdef Py_ssize_t offset = start * <Py_ssize_t>sizeof(floating)
+    cdef char* out = NULL if batch.out == NULL else batch.out + group * out_grid.group_stride + offset
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
+    take_log_columns(
+        batch, own, group * grid.inner + start, smaller(BLOCK_ROWS, grid.inner - start),
+        batch.logits + group * grid.group_stride + offset, grid.class_stride, out, out_grid.class_stride, like,
+    )
+    if batch.stream:
+        stream_fence()
+    round_as_before(&rounding)
+
+
+cdef void take_tile(
+    const Batch* batch, const Grid* grid, const Grid* out_grid, char* tile, Py_ssize_t first, const floating* like
+) noexcept nogil:
+    cdef Py_ssize_t n = smaller(tile_rows(batch.n_classes), batch.n_rows - first), task
+    cdef Plan plan = plan_batch(n, batch.n_classes, sizeof(floating), 1)
+    cdef Batch own = batch[0]
+    own.n_rows = n
+    own.logits = tile
+    own.out = NULL if batch.out == NULL else tile
+    own.logits_stride = own.out_stride = tile_pitch(batch.n_classes) * sizeof(floating)
+    own.lse = NULL if batch.lse == NULL else batch.lse + first
+    own.stream = False
+    load_tile(grid, batch.logits, first, n, batch.n_classes, <floating*>tile)
+    for task in range(plan.n_tasks):
+        take_task(&own, &plan, tile + tile_bytes(batch.n_classes, sizeof(floating)), task, like)
+    if batch.out != NULL:
+        store_tile(out_grid, batch.out, first, n, batch.n_classes, <const floating*>tile)
+
+
+cdef inline Py_ssize_t blocks_of(const Grid* grid) noexcept nogil:
+    return (grid.inner + BLOCK_ROWS - 1) // BLOCK_ROWS
+
+
+cdef Py_ssize_t strided_thread_bytes(Py_ssize_t n_classes, Py_ssize_t itemsize) noexcept nogil:
+    if n_classes <= SHORT_CLASSES:
+        return sizeof(Own) + 64 + (column_terms(n_classes) * itemsize + 63) // 64 * 64 + 64
+    return tile_bytes(n_classes, itemsize) + plan_batch(tile_rows(n_classes), n_classes, itemsize, 1).thread_bytes + 64
+
+
+cdef Py_ssize_t strided_memory(
+    Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads
+) noexcept nogil:
+    cdef Py_ssize_t most = n_rows if n_classes <= SHORT_CLASSES else tiles_of(n_rows, n_classes)
+    return smaller(num_threads, most) * strided_thread_bytes(n_classes, itemsize)
+
+
 # ---- entry points --------------------------------------------------------------------------------------------------
 
 def memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
@@ -1181,31 +1286,117 @@ def log_softmax_rows(cnp.ndarray logits, out, lse, Py_ssize_t out_bytes, memory,
     run(&batch, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
 
 
-def plain_log_softmax(logits, out, num_threads, Py_ssize_t serial_elements, choose_threads):
-    """Return `out` or a new array, filled with log_softmax along the last axis, or None if the call is not plain."""
+def plain_log_softmax(logits, axis, out, num_threads, Py_ssize_t serial_elements, choose_threads):
+    """Return `out` or a new array, filled with log_softmax along an axis, or None if the call is not plain."""
     cdef Batch batch
     cdef int threads = threads_of(logits, num_threads, serial_elements, choose_threads)
-    cdef Py_ssize_t itemsize
-    cdef char* memory
-    if threads == 0 or not is_plain_activation(logits, out, GENERAL_SLAB_ELEMENTS):
+    cdef Py_ssize_t class_axis = plain_axis(logits, axis, out, GENERAL_SLAB_ELEMENTS)
+    if threads == 0 or class_axis < 0 or not fits_tiles(logits, class_axis):
         return None
-    batch = empty_batch()
-    itemsize = cnp.PyArray_ITEMSIZE(logits)
-    batch.kind = LOG_SOFTMAX
-    batch.n_classes = cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
-    batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
-    batch.logits = data_of(logits)
-    batch.logits_stride = batch.out_stride = batch.n_classes * itemsize
+    batch = activation_of(logits, class_axis)
     if out is None:
         out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(logits), cnp.PyArray_DIMS(logits), cnp.PyArray_TYPE(logits), 0)
     batch.out = data_of(out)
-    memory = <char*>malloc(memory_for(batch.n_rows, batch.n_classes, itemsize, threads))
-    if memory == NULL:
-        raise MemoryError("fastce could not allocate its working memory")
-    batch.memory = memory
-    run(&batch, itemsize == sizeof(float), threads)
-    free(memory)
+    run_plain(&batch, elements_below(logits, class_axis), cnp.PyArray_ITEMSIZE(logits), threads)
     return out
+
+
+def plain_logsumexp(logits, axis, keepdims, num_threads, Py_ssize_t serial_elements, choose_threads):
+    """Return a new array of logsumexp along an axis, or None if the call is not plain."""
+    cdef Batch batch
+    cdef cnp.npy_intp[MAX_AXES] shape
+    cdef int threads = threads_of(logits, num_threads, serial_elements, choose_threads), i, n_axes = 0
+    cdef Py_ssize_t class_axis = plain_axis(logits, axis, None, GENERAL_SLAB_ELEMENTS)
+    if threads == 0 or class_axis < 0 or not fits_tiles(logits, class_axis) or type(keepdims) is not bool:
+        return None
+    batch = activation_of(logits, class_axis)
+    for i in range(cnp.PyArray_NDIM(logits)):
+        if i != class_axis or keepdims:
+            shape[n_axes] = 1 if i == class_axis else cnp.PyArray_DIM(logits, i)
+            n_axes += 1
+    result = cnp.PyArray_EMPTY(n_axes, shape, cnp.PyArray_TYPE(logits), 0)
+    batch.lse = <double*>malloc(batch.n_rows * sizeof(double))
+    if batch.lse == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    try:
+        run_plain(&batch, elements_below(logits, class_axis), cnp.PyArray_ITEMSIZE(logits), threads)
+        copy_losses(result, batch.lse, batch.n_rows)
+    finally:
+        free(batch.lse)
+    return result
+
+
+# Tiles have room for so many classes; rows that lie contiguous need none.
+cdef inline bint fits_tiles(logits, Py_ssize_t axis) noexcept:
+    return elements_below(logits, axis) == 1 or cnp.PyArray_DIM(logits, <int>axis) <= TILE_CLASSES
+
+
+cdef Batch activation_of(cnp.ndarray logits, Py_ssize_t axis) noexcept:
+    cdef Batch batch = empty_batch()
+    batch.kind = LOG_SOFTMAX
+    batch.n_classes = cnp.PyArray_DIM(logits, <int>axis)
+    batch.n_rows = cnp.PyArray_SIZE(logits) // batch.n_classes
+    batch.logits = data_of(logits)
+    batch.logits_stride = batch.out_stride = batch.n_classes * cnp.PyArray_ITEMSIZE(logits)
+    return batch
+
+
+# Log-softmax and log-sum-exp of C-contiguous logits whose classes are `below` elements apart.
+cdef int run_plain(Batch* batch, Py_ssize_t below, Py_ssize_t itemsize, int num_threads) except -1:
+    cdef Grid grid = plain_grid(batch.n_classes, below, itemsize)
+    cdef Py_ssize_t n_bytes
+    if below > 1:
+        n_bytes = strided_memory(batch.n_rows, batch.n_classes, itemsize, num_threads)
+    else:
+        n_bytes = memory_for(batch.n_rows, batch.n_classes, itemsize, num_threads)
+    batch.memory = <char*>malloc(n_bytes)
+    if batch.memory == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    if below > 1:
+        run_strided(batch, &grid, &grid, itemsize == sizeof(float), num_threads)
+    else:
+        run(batch, itemsize == sizeof(float), num_threads)
+    free(batch.memory)
+    return 0
+
+
+def strided_memory_needed(Py_ssize_t n_rows, Py_ssize_t n_classes, Py_ssize_t itemsize, int num_threads):
+    """Return the bytes of working memory for log_softmax_columns of at most `n_rows` rows."""
+    return strided_memory(n_rows, n_classes, itemsize, num_threads)
+
+
+def log_softmax_columns(cnp.ndarray logits, out, lse, memory, int num_threads):
+    """Do what log_softmax_rows does, for `logits` and `out` (G, C, n) of at most MAX_STRIDED_CLASSES classes.
+
+    The last axis is contiguous; rows are numbered along the first and the last axis.
+    """
+    cdef Batch batch = empty_batch()
+    cdef Grid grid = grid_of(logits), out_grid = grid_of(logits if out is None else out)
+    batch.kind = LOG_SOFTMAX
+    batch.n_classes = cnp.PyArray_DIM(logits, 1)
+    batch.n_rows = cnp.PyArray_DIM(logits, 0) * grid.inner
+    batch.logits = data_of(logits)
+    batch.out = data_of(out)
+    batch.lse = <double*>data_of(lse)
+    batch.memory = data_of(memory)
+    run_strided(&batch, &grid, &out_grid, cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT32, num_threads)
+
+
+cdef void run_strided(Batch* batch, const Grid* grid, const Grid* out_grid, bint single, int num_threads):
+    if batch.n_rows * batch.n_classes < GIL_ELEMENTS:
+        take_strided_of(batch, grid, out_grid, single, 1)
+    else:
+        with nogil:
+            take_strided_of(batch, grid, out_grid, single, num_threads)
+
+
+cdef void take_strided_of(
+    Batch* batch, const Grid* grid, const Grid* out_grid, bint single, int num_threads
+) noexcept nogil:
+    if single:
+        take_strided(batch, grid, out_grid, num_threads, <const float*>NULL)
+    else:
+        take_strided(batch, grid, out_grid, num_threads, <const double*>NULL)
 
 
 def plain_statistics(
