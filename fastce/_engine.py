@@ -62,6 +62,7 @@ def load_module(name):
 TARGET, kernels = load_kernels()
 soft = load_module("soft")
 binary = load_module("binary")
+passage = load_module("passage")
 
 
 def build_info():
@@ -196,7 +197,7 @@ def cross_entropy_rows(
             return
     # All memory that the walk needs is had before the first block is written.
     mask, common = split_mask(mask)
-    walk = Walk(n_rows, n_classes, dtype, [logits, mask], [out, hess], slab_rows(n_classes, num_threads))
+    walk = Walk(n_rows, n_classes, dtype, [logits, mask], [out, hess], slab_rows(n_classes, num_threads), num_threads)
     memory = np.empty(
         kernels.memory_needed(walk.step, n_classes, dtype == np.float32, out is not None, num_threads, common), "u1"
     )
@@ -268,7 +269,7 @@ def soft_rows(logits, losses, out, hess, distribution, mask, per_row, constants,
     if common is not None:
         constants = constants | {"mask": common[None]}
     slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
-    walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess], slab)
+    walk = Walk(n_rows, n_classes, dtype, [logits, distribution, mask], [out, hess], slab, num_threads)
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows, targets, shown), (grads, curves) in walk:
         arrays = {name: part_of(array, part) for name, array in per_row.items()}
@@ -330,7 +331,7 @@ def softmax_rows(logits, out, num_threads):
             for index, _ in column_parts(columns.shape, slab):
                 kernels.softmax_columns(columns[index], places[index], memory, num_threads)
             return
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab)
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab, num_threads)
     memory = np.empty(kernels.memory_needed(walk.step, n_classes, dtype == np.float32, True, num_threads), "u1")
     step = min(n_rows, walk.step)
     ids, losses = np.zeros(step, np.int64), np.empty(step)
@@ -379,7 +380,7 @@ def log_softmax_rows(logits, out, lse, num_threads):
                 values = None if places is None else places[index]
                 soft.log_softmax_columns(columns[index], values, part_of(lse, part), memory, num_threads)
             return
-    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab)
+    walk = Walk(n_rows, n_classes, dtype, [logits], [out], slab, num_threads)
     memory = np.empty(soft.memory_needed(walk.step, n_classes, dtype.itemsize, num_threads), "u1")
     for part, (rows,), (values,) in walk:
         soft.log_softmax_rows(rows, values, part_of(lse, part), walk.out_bytes, memory, num_threads)
@@ -441,27 +442,27 @@ class Walk:
     they are, `slab` rows at a time; the others pass through buffers of a fixed size, had when the walk is made.
     """
 
-    def __init__(self, n_rows, n_classes, dtype, inputs, outputs, slab):
+    def __init__(self, n_rows, n_classes, dtype, inputs, outputs, slab, num_threads):
         self.n_rows = n_rows
         self.arrays = [*inputs, *outputs]
         self.n_inputs = len(inputs)
         self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
-        through = [array is not None and rows is None for array, rows in zip(self.arrays, self.rows, strict=True)]
-        self.where_they_lie = not any(through)
+        through = [i for i, array in enumerate(self.arrays) if array is not None and self.rows[i] is None]
+        self.where_they_lie = not through
         # The size of the first output, 0 unless it stays where it is: kernels see a part of it.
         self.out_bytes = 0 if self.rows[len(inputs)] is None else outputs[0].nbytes
         self.step = min(n_rows, slab if self.where_they_lie else max(1, BUFFER_ELEMENTS // n_classes))
         self.buffers: list[np.ndarray | None] = [None] * len(self.arrays)
-        if self.where_they_lie:
-            return
-        for i, array in enumerate(self.arrays):
-            if through[i]:
-                self.buffers[i] = np.empty((self.step, n_classes), np.uint8 if array.dtype == np.uint8 else dtype)
-        if any(array is not None and array.dtype == np.float16 for array in outputs):
-            self.halves = np.empty(self.step * n_classes, np.float16)
+        for i in through:
+            kind = np.uint8 if self.arrays[i].dtype == np.uint8 else dtype
+            self.buffers[i] = np.empty((self.step, n_classes), kind)
+        self.num_threads = num_threads
         # Kernels may write the first output over the logits, so one buffer serves both.
         if self.buffers[0] is not None and self.buffers[self.n_inputs] is not None:
             self.buffers[self.n_inputs] = self.buffers[0]
+        passages = [(i, self.arrays[i], bits_of_bfloat(self.arrays[i])) for i in through]
+        self.loads = [one for one in passages if one[0] < self.n_inputs]
+        self.stores = passages[len(self.loads) :]
 
     def __iter__(self):
         if self.where_they_lie:
@@ -472,34 +473,31 @@ class Walk:
             return
         for index, first, stop in row_blocks(self.arrays[0].shape[:-1], self.step):
             part = slice(first, stop)
-            blocks = [self.block(i, part) for i in range(len(self.arrays))]
-            with np.errstate(all="ignore"):
-                for array, block in self.buffered(0, self.n_inputs, blocks):
+            blocks = [
+                part_of(rows, part) if buffer is None else buffer[: stop - first]
+                for rows, buffer in zip(self.rows, self.buffers, strict=True)
+            ]
+            for i, array, bits in self.loads:
+                if not passage.load(bits[index], blocks[i], bits is not array, self.num_threads):
                     source = array[index]
-                    np.copyto(block.reshape(source.shape), source, casting="unsafe")
+                    copy_quietly(blocks[i].reshape(source.shape), source)
             yield part, blocks[: self.n_inputs], blocks[self.n_inputs :]
-            with np.errstate(all="ignore"):
-                for array, block in self.buffered(self.n_inputs, len(self.arrays), blocks):
+            for i, array, bits in self.stores:
+                if not passage.store(blocks[i], bits[index], bits is not array, self.num_threads):
                     place = array[index]
-                    np.copyto(place, self.rounded(block, array.dtype).reshape(place.shape), casting="unsafe")
+                    copy_quietly(place, blocks[i].reshape(place.shape))
 
-    def rounded(self, block, dtype):
-        """Return a block of float32 as float16 where that is wanted: NumPy takes 70 ns for a result below 2^-14."""
-        if dtype != np.float16 or block.dtype != np.float32:
-            return block
-        halves = self.halves[: block.size]
-        soft.round_to_half(block, halves)
-        return halves
 
-    def block(self, i, part):
-        if self.rows[i] is not None:
-            return self.rows[i][part]
-        return None if self.buffers[i] is None else self.buffers[i][: part.stop - part.start]
+def bits_of_bfloat(array):
+    """Return `array`, or the bits of one of ml_dtypes' bfloat16, whose number only Python can tell."""
+    dtype = array.dtype
+    return array.view(np.uint16) if dtype.itemsize == 2 and dtype.kind != "f" else array
 
-    def buffered(self, first, stop, blocks):
-        for i in range(first, stop):
-            if self.buffers[i] is not None:
-                yield self.arrays[i], blocks[i]
+
+def copy_quietly(place, source):
+    """Copy an array of another layout and dtype, as NumPy rounds it."""
+    with np.errstate(all="ignore"):
+        np.copyto(place, source, casting="unsafe")
 
 
 def can_lie(array, dtype):

@@ -153,10 +153,11 @@ COMPILERS = ["cc", "gcc", "clang", *(f"clang-{version}" for version in range(14,
 
 @pytest.mark.parametrize("compiler", [name for name in COMPILERS if shutil.which(name)])
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4", None] if X86_64 else [None])
-def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, march, tmp_path):
+@pytest.mark.parametrize("name", ["target.h", "passage.h"])
+def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, name, march, tmp_path):
     # None: as other processors see it, whose code must not rot where nobody has one.
-    text = (Path(__file__).parents[1] / "fastce" / "_kernels" / "target.h").read_text()
-    header = tmp_path / "target.h"
+    text = (Path(__file__).parents[1] / "fastce" / "_kernels" / name).read_text()
+    header = tmp_path / name
     header.write_text(text.replace("__x86_64__", "__elsewhere__") if march is None else text)
     options = [] if march is None else [f"-march={march}"]
     run_tool(compiler, *options, "-fsyntax-only", "-x", "c", str(header))
@@ -167,7 +168,7 @@ def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, m
 
 def modules():
     """The names of all compiled modules of this build."""
-    kernels = [f"{kind}_{target}" for kind in ("rows", "soft", "binary") for target in INFO["built_targets"]]
+    kernels = [f"{kind}_{target}" for kind in ("rows", "soft", "binary", "passage") for target in INFO["built_targets"]]
     return ["cpu", *kernels]
 
 

@@ -183,6 +183,42 @@ def test_a_call_in_another_rounding_mode_changes_no_bit_of_a_later_one(run_pytho
     run_python("-c", SMOOTHED_WHILE_ROUNDING_UP)
 
 
+HALVES_IN_OTHER_MODES = (
+    FENV
+    + """
+import numpy as np, fastce
+
+plain = modes()
+rng = np.random.default_rng(0)
+types = [np.dtype(np.float16)]
+try:
+    import ml_dtypes
+except ImportError:
+    pass
+else:
+    types.append(np.dtype(ml_dtypes.bfloat16))
+for half in types:
+    for shape in ((40, 9), (3, 200), (300, 130)):
+        logits = rng.normal(0, 4, shape).astype(half)
+        logits[0] = np.arange(shape[1], dtype=np.uint16).view(half)     # 0 and subnormal numbers
+        for given in (logits, np.asfortranarray(logits)):
+            expected = fastce.softmax(given)
+            for bits in (1, 2, 3):
+                for flush in (0, 0x8040):
+                    set_modes(plain[0] | bits << 10, plain[1] | bits << 13 | flush)
+                    got = fastce.softmax(given)
+                    set_modes(*plain)
+                    assert (got.view(np.uint16) == expected.view(np.uint16)).all(), (half, shape, bits, flush)
+"""
+)
+
+
+@GLIBC_ON_X86_64
+@pytest.mark.parametrize("target", fastce.build_info()["available_targets"])
+def test_half_types_are_rounded_to_nearest_in_any_mode_of_the_host(target, run_python):
+    run_python("-c", HALVES_IN_OTHER_MODES, FASTCE_TARGET=target)
+
+
 FLUSHED = (
     FENV
     + """

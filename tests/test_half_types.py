@@ -1,5 +1,6 @@
 """float16 and bfloat16 logits are computed in float32; the gradient is rounded once, from the float32 result."""
 
+import importlib
 import itertools
 import warnings
 
@@ -120,6 +121,85 @@ def test_numbers_at_the_ends_of_the_range(half, rng):
         expected = fastce.cross_entropy_with_grad(logits.astype(np.float32), [0, 1, 1], reduction="none", **options)
         assert_same_bits(got[0], expected[0])
         assert_rounded(got[1], expected[1])
+
+
+# Every number, on its way in and out
+
+
+@pytest.fixture(params=fastce.build_info()["available_targets"])
+def passage(request):
+    """The compiled module that a target carries blocks of rows with."""
+    return importlib.import_module(f"fastce._kernels.passage_{request.param}")
+
+
+def readable(array):
+    """An array as compiled code reads it: bfloat16 as its bits."""
+    return array if array.dtype == np.float16 or array.itemsize != 2 else array.view(np.uint16)
+
+
+def all_numbers(half):
+    return np.arange(1 << 16, dtype=np.uint16).view(half)
+
+
+def test_every_half_number_is_read_as_it_is(passage, half):
+    # 37 columns: whole vectors and a rest in each row.
+    halves = np.resize(all_numbers(half), (1772, 37))
+    numbers = np.full(halves.shape, 7, np.float32)
+    assert passage.load(readable(halves), numbers, half != np.float16, 1)
+    expected = halves.astype(np.float32)
+    is_nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(numbers), is_nan)
+    np.testing.assert_array_equal(numbers.view(np.uint32)[~is_nan], expected.view(np.uint32)[~is_nan])
+
+
+def test_whatever_lies_between_is_rounded_to_nearest_ties_to_even(passage, half, rng):
+    exact = np.sort(all_numbers(half).astype(np.float32))
+    exact = exact[np.isfinite(exact)]
+    middles = ((exact[:-1].astype(float) + exact[1:]) / 2).astype(np.float32)
+    up, down = np.float32(np.inf), np.float32(-np.inf)
+    numbers = [np.nextafter(group, way) for group in (exact, middles) for way in (up, down)]
+    any_bits = rng.integers(0, 1 << 32, 500_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65519.996, 65520, 3.3961775e38, 1e-45, -1e-45], np.float32)
+    numbers = np.concatenate([exact, middles, *numbers, any_bits, special])
+    numbers = numbers[: numbers.size // 37 * 37].reshape(-1, 37)
+    halves = np.empty(numbers.shape, half)
+    assert passage.store(numbers, readable(halves), half != np.float16, 1)
+    assert_rounded(halves, numbers)
+
+
+LAYOUT_SHAPES = [(5,), (3, 7), (70, 20), (4, 5, 6), (2, 3, 70, 18), (3, 130, 5, 9), (1, 6, 1, 4)]
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64", "uint8"])
+def test_blocks_of_any_layout_are_carried_both_ways(passage, kind, rng):
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if kind == "bfloat16" else kind)
+    wide, is_bfloat = np.dtype(np.float32) if dtype.itemsize == 2 else dtype, kind == "bfloat16"
+    for shape in LAYOUT_SHAPES:
+        for order in itertools.islice(itertools.permutations(range(len(shape))), 0, None, len(shape) - 1 or 1):
+            for step in (1, -1, 2):
+                whole = np.zeros([length * abs(step) for length in shape], dtype).transpose(order)
+                array = whole[(slice(None, None, step),) * len(shape)]
+                numbers = rng.integers(0, 200, array.shape)
+                array[...] = numbers
+                buffer = np.zeros((array.size // array.shape[-1], array.shape[-1]), wide)
+                num_threads = 2 if step == 2 else 1
+                assert passage.load(readable(array), buffer, is_bfloat, num_threads)
+                assert (buffer.reshape(array.shape) == numbers).all()
+                whole[...] = 7
+                assert passage.store(buffer, readable(array), is_bfloat, num_threads)
+                assert (array.astype(int) == numbers).all()
+                array[...] = 7
+                assert (whole.astype(int) == 7).all()   # beside the array nothing was written
+
+
+def test_what_is_left_to_numpy_is_not_touched(passage):
+    buffer = np.full((4, 3), 7, np.float32)
+    swapped, unaligned = np.zeros((4, 3), ">f2"), np.zeros(25, np.uint8)[1:].view(np.float16).reshape(4, 3)
+    for array in (swapped, unaligned, np.zeros((4, 3)), np.zeros((4, 3), np.uint16), np.zeros((4, 3), int)):
+        assert not passage.load(array, buffer, False, 1)
+        assert not passage.store(buffer, array, False, 1)
+        assert (buffer == 7).all() and not array.any()
+    assert not passage.load(np.zeros((4, 3), np.float16), np.zeros((4, 3)), False, 1)
 
 
 # Layouts and buffers

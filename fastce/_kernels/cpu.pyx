@@ -6,10 +6,16 @@ import warnings
 cdef extern from *:
     """
     #if defined(__x86_64__)
+    #include <cpuid.h>
+    /* Not every compiler's __builtin_cpu_supports knows of it; where the system has enabled AVX it may be used. */
+    static int fastce_has_f16c(void) {
+        unsigned a, b, c, d;
+        return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    }
     static int fastce_runs_v3(void) {
         __builtin_cpu_init();
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi")
-            && __builtin_cpu_supports("bmi2");
+            && __builtin_cpu_supports("bmi2") && fastce_has_f16c();
     }
     static int fastce_runs_v4(void) {
         return fastce_runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")

@@ -18,7 +18,7 @@ roundings of terms of one sign. Every sum has a fixed order that depends on the 
 from cython.parallel cimport prange, threadid
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, NAN, fabs
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -144,9 +144,7 @@ from fastce._kernels.tiles cimport (
 )
 from fastce._kernels.vexp cimport (
     ExpWindow,
-    bits_of_float,
     exp_shifted,
-    float_of_bits,
     floating,
 )
 from fastce._kernels.weights cimport Weights, WeightSum, are_weights, total_weight
@@ -1159,30 +1157,6 @@ cdef bint is_mass_at(const char* numbers, Py_ssize_t size, bint single, int num_
     if single:
         return count_bad_mass(<const float*>numbers, size, num_threads) == 0
     return count_bad_mass(<const double*>numbers, size, num_threads) == 0
-
-
-def round_to_half(cnp.ndarray numbers, cnp.ndarray halves):
-    """Fill `halves` (float16) with contiguous float32 `numbers`, rounded to nearest, ties to even."""
-    cdef const float* x = <const float*>cnp.PyArray_DATA(numbers)
-    cdef uint16_t* bits = <uint16_t*>cnp.PyArray_DATA(halves)
-    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(numbers)
-    with nogil:
-        for i in range(n):
-            bits[i] = half_of_float(x[i])
-
-
-# The bits of x as float16. Normal numbers: the exponent field is rebiased by 127 - 15, and half a unit of bit 13 (less
-# one if the bit is 0: ties go to even) carries into what is kept. Below 2^-14 the unit is 2^-24, that of 0.5f, so
-# adding 0.5 rounds.
-cdef inline uint16_t half_of_float(float x) noexcept nogil:
-    cdef uint32_t bits = bits_of_float(x)
-    cdef uint32_t magnitude = bits & <uint32_t>0x7fffffff
-    cdef uint32_t normal = (magnitude - <uint32_t>0x38000000 + <uint32_t>0xfff + ((magnitude >> 13) & 1)) >> 13
-    cdef uint32_t small = bits_of_float(float_of_bits(magnitude) + <float>0.5) - <uint32_t>0x3f000000
-    cdef uint32_t half = small if magnitude < <uint32_t>0x38800000 else normal
-    half = <uint32_t>0x7c00 if magnitude >= <uint32_t>0x47800000 else half
-    half = <uint32_t>0x7e00 if magnitude > <uint32_t>0x7f800000 else half
-    return <uint16_t>(half | ((bits >> 16) & <uint32_t>0x8000))
 
 
 def is_mass(cnp.ndarray array, int num_threads):

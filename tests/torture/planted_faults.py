@@ -183,7 +183,9 @@ FAULTS = [
 # The module that shows a fault in a file; those that are not here are shown by "rows", Python files by none. That of
 # the processor is compiled once, not for every target.
 SHOWN_BY = {
-    "soft.pyx": "soft", "short.pxd": "soft", "general.pxd": "soft", "log_columns.pxd": "soft", "binary.pyx": "binary",
+    "soft.pyx": "soft", "short.pxd": "soft", "general.pxd": "soft", "log_columns.pxd": "soft",
+    "binary.pyx": "binary",
+    "passage.pyx": "passage", "passage.h": "passage",
     "cpu.pyx": "cpu", "team.h": "cpu",
 }  # fmt: skip
 
