@@ -671,6 +671,11 @@ def check_distributions(q, place):
     raise ValueError(f"targets: distributions must be finite and >= 0, got {q[row, column]:.9g} in {place(row)}")
 
 
+def raise_changed(place):
+    """Raise for numbers that were not in order when they were read, but are now: another thread must write to them."""
+    raise ValueError(f"probs, targets or sample_weight changed while they were read, in {place}")
+
+
 # ---- binary -----------------------------------------------------------------------------------------------------
 
 LARGEST = np.finfo(np.float64).max

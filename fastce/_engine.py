@@ -63,6 +63,7 @@ TARGET, kernels = load_kernels()
 soft = load_module("soft")
 binary = load_module("binary")
 passage = load_module("passage")
+probabilities = load_module("probabilities")
 
 
 def build_info():
@@ -386,9 +387,37 @@ def log_softmax_rows(logits, out, lse, num_threads):
         soft.log_softmax_rows(rows, values, part_of(lse, part), walk.out_bytes, memory, num_threads)
 
 
+def probability_rows(probs, ids, distributions, weight, sample_weight, tolerance, losses, factors, num_threads):
+    """Fill `losses` and `factors` (N,) float64; return the number of the first row that is not in order, or -1.
+
+    The sum of the factors is what a mean divides by; they may be None.
+
+    `probs` and `distributions` have any layout and dtype, class axis last; `ids` (N,) or they are None, and so may be
+    `weight` (C,) and `sample_weight` (N,).
+    """
+    n_rows, n_classes = len(losses), probs.shape[-1]
+    if n_rows == 0:
+        return -1
+    num_threads = threads_for(probs.size, num_threads)
+    dtype = computing_dtype(probs.dtype)
+    if distributions is not None:  # read in the same dtype: float64 holds the numbers of any other
+        dtype = np.promote_types(dtype, computing_dtype(distributions.dtype))
+    slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
+    walk = Walk(n_rows, n_classes, dtype, [probs, distributions], [None], slab)
+    memory = np.empty(probabilities.memory_needed(walk.step, n_classes, num_threads), "u1")
+    for part, (rows, mass), _ in walk:
+        bad = probabilities.rows_of_probabilities(
+            rows, losses[part], memory, tolerance, num_threads, ids=part_of(ids, part), distributions=mass,
+            weight=weight, sample_weight=part_of(sample_weight, part), factors=part_of(factors, part),
+        )
+        if bad >= 0:
+            return part.start + bad
+    return -1
+
+
 def computing_dtype(dtype):
-    """Return the native dtype that computes for `dtype`: float32 for the half types."""
-    return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+    """Return the native dtype that computes for `dtype`: float32 for the half types, float64 for longer floats."""
+    return np.dtype(np.float64 if dtype.itemsize >= 8 else np.float32)
 
 
 def is_common(mask):
@@ -593,6 +622,35 @@ def binary_entries(
     return binary.sum_of_blocks(sums), inside
 
 
+def binary_probabilities(probs, targets, sample_weight, losses, num_threads):
+    """Return (sum of the losses, sum of the weights, whether all entries are in order); fill `losses` unless None.
+
+    `probs` have any layout and dtype; `targets` and `sample_weight`, which may be None, are real arrays of any layout
+    that broadcast to their shape; `losses` is a new array.
+    """
+    shape, n_entries = probs.shape, probs.size
+    read = [
+        Entries(probs, shape, computing_dtype(probs.dtype)),
+        entries_of(targets, shape, integers=True),
+        entries_of(sample_weight, shape),
+    ]
+    step = give_buffers(read, n_entries, BUFFER_ELEMENTS // 4)  # as three of them may be wanted
+    sums = np.empty(-(-n_entries // SUM_BLOCK))
+    weights = None if sample_weight is None else np.empty(len(sums))
+    num_threads = threads_for(n_entries, num_threads)
+    for first in range(0, n_entries, step):
+        stop = min(first + step, n_entries)
+        with np.errstate(all="ignore"):
+            parts = [filled_part(argument, first, stop) for argument in read]
+        in_order = binary.binary_probabilities(
+            *parts, None if losses is None else losses.reshape(-1)[first:stop], sums[first // SUM_BLOCK :],
+            None if weights is None else weights[first // SUM_BLOCK :], num_threads,
+        )  # fmt: skip
+        if not in_order:
+            return math.nan, math.nan, False
+    return binary.sum_of_blocks(sums), float(n_entries) if weights is None else binary.sum_of_blocks(weights), True
+
+
 def first_outside(values, sample_weight, shape, low, high, num_threads):
     """Return the number, in C order, of the first entry with value outside [low, high] and weight not 0, or -1.
 
@@ -667,15 +725,15 @@ def entries_of(value, shape, *, integers=False):
     dtype = value.dtype.newbyteorder("=")
     if dtype.kind in "biu":
         dtype = dtype if integers else np.dtype(np.float64)
-    elif dtype.itemsize == 2:
-        dtype = np.dtype(np.float32)
+    elif dtype.itemsize not in (4, 8):
+        dtype = computing_dtype(dtype)
     return Entries(value, shape, dtype)
 
 
-def give_buffers(arguments, n_entries):
+def give_buffers(arguments, n_entries, buffer_elements=BUFFER_ELEMENTS):
     """Give a buffer to each argument that does not lie as the kernels want it; return the entries of a step."""
     walking = [entries for entries in arguments if isinstance(entries, Entries) and not entries.lies]
-    step = BUFFER_ELEMENTS if walking else SLAB_ELEMENTS
+    step = buffer_elements if walking else SLAB_ELEMENTS
     for entries in walking:
         entries.memory = np.empty(min(step, n_entries), entries.dtype)
     return step

@@ -187,7 +187,12 @@ def _take_targets(problem, targets, ignore_index, ignored):
 
 def may_be_plain(logits, axis, reduction):
     """Return whether the short ways may be tried: by identity, what only compares equal goes through the checks."""
-    return is_last(axis, logits) and (reduction is MEAN or reduction is SUM or reduction is NONE)
+    return is_last(axis, logits) and is_word(reduction)
+
+
+def is_word(reduction):
+    """Return whether `reduction` is one of the three words, by identity."""
+    return reduction is MEAN or reduction is SUM or reduction is NONE
 
 
 def is_last(axis, logits):

@@ -1,6 +1,6 @@
-"""Cross-entropy of probabilities: docstrings, and a walk over blocks of rows that validates, takes logarithms and adds.
+"""Cross-entropy of probabilities: docstrings, options turned into numbers, reduction, and words for what is refused.
 
-Plain NumPy, in float64, on one thread. A block is small enough that memory does not grow with the batch.
+The kernels validate what they read and say which row is the first that is not in order, but not why.
 """
 
 import math
@@ -8,24 +8,24 @@ import math
 import numpy as np
 
 from fastce import _checks, _engine
+from fastce._problem import AXIS, IGNORE_INDEX, MEAN, NONE, SUM, classes_last, is_word, may_be_plain
 
 __all__ = ["binary_cross_entropy_from_probs", "cross_entropy_from_probs"]
 
-# Elements taken at a time: at most eight float64 temporaries of this size, 1 MB together, are held at once.
-BLOCK_ELEMENTS = 16384
-# The relative spacing of every dtype that probabilities may have.
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+# How far from 1 the sums of rows may be: the root of the relative spacing of every dtype that probabilities may have.
+TOLERANCE32, TOLERANCE64 = math.sqrt(2.0**-23), math.sqrt(2.0**-52)
+TOLERANCE16 = {"float16": math.sqrt(2.0**-10), "bfloat16": math.sqrt(2.0**-7)}
 
 
 def cross_entropy_from_probs(
     probs,
     targets,
     *,
-    axis=-1,
+    axis=AXIS,
     weight=None,
     sample_weight=None,
-    ignore_index=-100,
-    reduction="mean",
+    ignore_index=IGNORE_INDEX,
+    reduction=MEAN,
     denominator=None,
     num_threads=None,
 ):
@@ -36,8 +36,8 @@ def cross_entropy_from_probs(
     .. math:: -s\, w_t \log p_t \qquad\text{or}\qquad -s \sum_c w_c\, q_c \log p_c
 
     for a class id :math:`t` or a distribution :math:`q`, with class weights :math:`w` and the row's sample weight
-    :math:`s`. Where logits are at hand, :func:`fastce.cross_entropy` is the better choice: it is faster, and rounding
-    a probability to nearly 1 has lost digits of the loss that nothing brings back.
+    :math:`s`. Where logits are at hand, :func:`fastce.cross_entropy` is the better choice: rounding a probability to
+    nearly 1 has lost digits of the loss that nothing brings back.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def cross_entropy_from_probs(
         Finite and > 0, only with "mean". By default the sum of the rows' :math:`s\,w_t` for class ids (ignored rows
         left out), of their :math:`s` for distributions.
     num_threads : int, optional
-        Checked, as everywhere in this package, but without effect: this function uses one thread.
+        As in :func:`fastce.cross_entropy`. The result has the same bits for any number.
 
     Returns
     -------
@@ -112,26 +112,42 @@ def cross_entropy_from_probs(
     >>> print(f"{cross_entropy_from_probs([0.75, 0.25], [0.5, 0.5]):.6f}")
     0.836988
     """
+    if may_be_plain(probs, axis, reduction):
+        plain = _engine.probabilities.plain_probabilities(
+            probs, targets, weight, sample_weight, ignore_index, reduction, denominator, num_threads, TOLERANCE32,
+            TOLERANCE64, _engine.SERIAL_ELEMENTS, _engine.default_threads,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     probs = _checks.as_floating_array("probs", probs)
     axis = _checks.as_probs_axis(axis, probs.shape)
     row_shape = probs.shape[:axis] + probs.shape[axis + 1 :]
     _checks.check_reduction(reduction)
-    _checks.as_num_threads(num_threads)
-    if denominator is not None:
-        denominator = _checks.as_denominator(denominator, reduction)
+    num_threads = _checks.as_num_threads(num_threads)
+    divisor = _checks.as_denominator(denominator, reduction)
     weight = _checks.as_class_weight(weight, probs.shape[axis])
     sample_weight = _checks.as_sample_weight(sample_weight, row_shape)
     ids, distributions = _checks.as_probs_targets(targets, probs.shape, axis, ignore_index)
-    rows = np.moveaxis(probs, axis, -1)
-    if ids is not None:
-        blocks = _class_id_blocks(rows, ids, weight, sample_weight)
-    else:
-        blocks = _distribution_blocks(rows, np.moveaxis(distributions, axis, -1), weight, sample_weight)
-    return _reduce(blocks, row_shape, probs.dtype, reduction, denominator)
+    probs, distributions = classes_last(probs, axis), classes_last(distributions, axis)
+    losses = np.empty(math.prod(row_shape))
+    factors = np.empty(len(losses)) if reduction == MEAN and divisor is None else None
+    tolerance = tolerance_of(probs.dtype)
+    bad = _engine.probability_rows(
+        probs, ids, distributions, weight, sample_weight, tolerance, losses, factors, num_threads
+    )
+    if bad >= 0:
+        _refuse_row(bad, probs, distributions, tolerance)
+    if reduction == NONE:
+        by_row = np.empty(row_shape, _engine.computing_dtype(probs.dtype))
+        _engine.round_numbers(losses, by_row)
+        return by_row
+    if factors is not None:
+        divisor = _engine.kernels.sum_losses(factors)
+    return _reduced(_engine.kernels.sum_losses(losses), divisor, reduction)
 
 
 def binary_cross_entropy_from_probs(
-    probs, targets, *, sample_weight=None, reduction="mean", denominator=None, num_threads=None
+    probs, targets, *, sample_weight=None, reduction=MEAN, denominator=None, num_threads=None
 ):
     r"""Binary cross-entropy of probabilities, in nats.
 
@@ -155,7 +171,7 @@ def binary_cross_entropy_from_probs(
     denominator : float, optional
         Finite and > 0, only with "mean". By default the sum of `sample_weight`, without it the number of entries.
     num_threads : int, optional
-        Checked, as everywhere in this package, but without effect: this function uses one thread.
+        As in :func:`fastce.cross_entropy`. The result has the same bits for any number.
 
     Returns
     -------
@@ -195,138 +211,86 @@ def binary_cross_entropy_from_probs(
     >>> binary_cross_entropy_from_probs([0.9, 0.9], [1, 0], reduction="none").round(6)
     array([0.105361, 2.302585])
     """
+    if is_word(reduction):
+        plain = _engine.binary.plain_probabilities(
+            probs, targets, sample_weight, reduction, denominator, num_threads, _engine.SERIAL_ELEMENTS,
+            _engine.default_threads,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     probs = _checks.as_floating_array("probs", probs)
     _checks.check_reduction(reduction)
-    _checks.as_num_threads(num_threads)
-    if denominator is not None:
-        denominator = _checks.as_denominator(denominator, reduction)
+    num_threads = _checks.as_num_threads(num_threads)
+    divisor = _checks.as_denominator(denominator, reduction)
     targets = _checks.as_binary_targets(targets, probs.shape)
     sample_weight = _checks.as_binary_sample_weight(sample_weight, probs.shape)
-    blocks = _binary_blocks(probs, targets, sample_weight)
-    return _reduce(blocks, probs.shape, probs.dtype, reduction, denominator)
-
-
-# ---- blocks of rows: each generator yields (index, losses, weights in the mean's denominator) ----------------------
-
-
-def _class_id_blocks(probs, ids, weight, sample_weight):
-    for index, first, stop in _row_blocks(probs.shape):
-        t = ids[first:stop]
-        live = t >= 0
-        factors = live.astype(np.float64) if weight is None else np.where(live, weight[t], 0.0)
-        if sample_weight is not None:
-            live &= sample_weight[first:stop] != 0
-            factors *= sample_weight[first:stop]
-        yield index, _losses(_log_of_target(_tiles(probs, index, first, live), t[live]), factors, live), factors
-
-
-def _distribution_blocks(probs, distributions, weight, sample_weight):
-    for index, first, stop in _row_blocks(probs.shape):
-        factors = np.ones(stop - first) if sample_weight is None else sample_weight[first:stop]
-        live = factors != 0
-        logs = np.zeros(np.count_nonzero(live))
-        for classes, p in _tiles(probs, index, first, live):
-            q = _float64_rows(distributions[index][..., classes], live)
-            _checks.check_distributions(q, _checks.places(probs.shape[:-1], first, live, "row"))
-            counts = q != 0 if weight is None else (q != 0) & (weight[classes] != 0)
-            terms = np.where(counts, p, 1.0)  # log 1 in place of a logarithm that counts 0 times
-            np.log(terms, out=terms)
-            terms *= q
-            if weight is not None:
-                terms *= weight[classes]
-            logs += terms.sum(axis=1)
-        yield index, _losses(logs, factors, live), factors
-
-
-def _binary_blocks(probs, targets, sample_weight):
-    for index, first, stop in _engine.row_blocks(probs.shape, BLOCK_ELEMENTS):
-        factors, live = np.ones(stop - first), np.ones(stop - first, bool)
-        if sample_weight is not None:
-            factors = _float64_rows(sample_weight[index][..., None], live)[:, 0]
-            _checks.check_finite("sample_weight", factors, _checks.places(probs.shape, first, live, "entry"))
-            live = factors != 0
-        place = _checks.places(probs.shape, first, live, "entry")
-        yield index, _losses(_binary_logs(probs[index], targets[index], live, place), factors, live), factors
-
-
-def _binary_logs(probs, targets, live, place):
-    """Return y log p + (1 - y) log(1 - p) of the live entries (n,) of a block, after validation."""
-    p, y = (_float64_rows(array[..., None], live) for array in (probs, targets))
-    _checks.check_unit_interval("probs", p, place, "for logits call binary_cross_entropy; nothing is clipped here")
-    _checks.check_unit_interval("targets", y, place, "leave entries out with sample_weight 0")
-    logs = np.where(y != 0, p, 1.0)  # log 1, and below log1p(0), in place of a logarithm that counts 0 times
-    np.log(logs, out=logs)
-    logs *= y
-    rest = np.where(y != 1, p, 0.0)
-    np.negative(rest, out=rest)
-    np.log1p(rest, out=rest)
-    rest *= 1.0 - y
-    logs += rest
-    return logs[:, 0]
-
-
-def _row_blocks(shape):
-    """Return the blocks of rows of an array of this shape (..., C), as of :func:`fastce._engine.row_blocks`."""
-    return _engine.row_blocks(shape[:-1], max(1, BLOCK_ELEMENTS // shape[-1]))
-
-
-def _tiles(probs, index, first, live):
-    """Yield (classes, p): the live rows of a block in float64, a slice of the classes at a time, after validation."""
-    n_classes = probs.shape[-1]
-    place = _checks.places(probs.shape[:-1], first, live, "row")
-    totals = np.zeros(np.count_nonzero(live))
-    for start in range(0, n_classes, BLOCK_ELEMENTS):
-        classes = slice(start, min(start + BLOCK_ELEMENTS, n_classes))
-        p = _float64_rows(probs[index][..., classes], live)
-        _checks.check_unit_interval("probs", p, place, "for logits call cross_entropy; nothing is clipped here")
-        totals += p.sum(axis=1)
-        yield classes, p
-    _checks.check_sum_to_one(totals, math.sqrt(EPSILON[probs.dtype.name]), place)
-
-
-def _float64_rows(block, live):
-    """Return the live rows of `block` (..., m) as float64 (n, m) in C order; the others are not read."""
-    rows = block if live.all() else block[live.reshape(block.shape[:-1])]
-    return np.ascontiguousarray(rows, np.float64).reshape(-1, block.shape[-1])
-
-
-def _log_of_target(tiles, t):
-    """Return log p[t] of each row (n,)."""
-    p_target = np.empty(len(t))
-    for classes, p in tiles:
-        here = np.flatnonzero((t >= classes.start) & (t < classes.stop))
-        p_target[here] = p[here, t[here] - classes.start]
-    return np.log(p_target)
-
-
-def _losses(logs, factors, live):
-    """Return -factors * logs at the live rows and 0 at the others; a factor 0 makes an infinite logarithm 0."""
-    losses = np.zeros(len(factors))
-    factors = factors[live]
-    products = np.where(factors != 0, logs, 0.0)
-    products *= factors
-    losses[live] = np.subtract(0.0, products, out=products)  # not a negation, which would turn 0 into -0
-    return losses
-
-
-def _reduce(blocks, shape, dtype, reduction, denominator):
-    """Return the losses of all blocks, in an array of this shape, their sum, or their mean."""
-    losses = None
-    if reduction == "none":
-        losses = np.empty(shape, dtype.newbyteorder("=") if dtype.itemsize > 2 else np.float32)
-    sums, weights = [], []
-    with np.errstate(all="ignore"):
-        for index, block_losses, block_weights in blocks:
-            if losses is not None:
-                losses[index] = block_losses.reshape(losses[index].shape)
-            else:
-                sums.append(_engine.kernels.sum_losses(block_losses))
-                # Weights may be the caller's own numbers, at any address; the kernel takes them aligned.
-                weights.append(_engine.kernels.sum_losses(np.require(block_weights, np.float64, ["C", "A"])))
+    losses = np.empty(probs.shape, _engine.computing_dtype(probs.dtype)) if reduction == NONE else None
+    total, total_weight, in_order = _engine.binary_probabilities(probs, targets, sample_weight, losses, num_threads)
+    if not in_order:
+        _refuse_entry(probs, targets, sample_weight, num_threads)
     if losses is not None:
         return losses
-    total = _engine.kernels.sum_losses(np.array(sums))
-    if reduction == "sum":
+    return _reduced(total, total_weight if divisor is None else divisor, reduction)
+
+
+def tolerance_of(dtype):
+    """Return how far from 1 the sums of rows of this dtype may be."""
+    if dtype.itemsize == 2:
+        return TOLERANCE16[dtype.name]
+    return TOLERANCE32 if dtype.itemsize == 4 else TOLERANCE64
+
+
+def _reduced(total, divisor, reduction):
+    """Return the sum of the losses or their mean, nan if it is one of nothing."""
+    if reduction == SUM:
         return total
-    divisor = _engine.kernels.sum_losses(np.array(weights)) if denominator is None else denominator
-    return total / divisor if divisor else float("nan")
+    return total / divisor if divisor else math.nan
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+# Only private copies are looked at: other threads may write to the caller's arrays. If a copy is in order, one has done
+# so since a kernel read the numbers; the call is refused nevertheless, as the losses are those of other numbers.
+
+ROW_REMEDY = "for logits call cross_entropy; nothing is clipped here"
+ENTRY_REMEDY = "for logits call binary_cross_entropy; nothing is clipped here"
+
+
+def _refuse_row(number, probs, distributions, tolerance):
+    """Raise for the row of this number, class axis last."""
+    shape = probs.shape[:-1]
+    index = np.unravel_index(number, shape)
+    place = _checks.places(shape, number, np.ones(1, bool), "row")
+    p = _private(probs[index])
+    _checks.check_unit_interval("probs", p, place, ROW_REMEDY)
+    if distributions is not None:
+        _checks.check_distributions(_private(distributions[index]), place)
+    total = _engine.probabilities.row_total(p[0])
+    _checks.check_sum_to_one(np.array([total]), tolerance, place)
+    _checks.raise_changed(place(0))
+
+
+def _refuse_entry(probs, targets, sample_weight, num_threads):
+    """Raise for the first entry that is not in order."""
+    shape, largest = probs.shape, _checks.LARGEST
+    with np.errstate(all="ignore"):
+        found = [
+            _engine.first_outside(values, sample_weight, shape, 0.0, 1.0, num_threads) for values in (probs, targets)
+        ]
+        if sample_weight is not None:
+            found.append(_engine.first_outside(sample_weight, None, shape, -largest, largest, num_threads))
+    number = min((at for at in found if at >= 0), default=-1)
+    if number < 0:
+        _checks.raise_changed("some entry")
+    index = np.unravel_index(number, shape)
+    place = _checks.places(shape, number, np.ones(1, bool), "entry")
+    if sample_weight is not None:
+        _checks.check_finite("sample_weight", _private(sample_weight[index])[0], place)
+    _checks.check_unit_interval("probs", _private(probs[index]), place, ENTRY_REMEDY)
+    _checks.check_unit_interval("targets", _private(targets[index]), place, "leave entries out with sample_weight 0")
+    _checks.raise_changed(place(0))
+
+
+def _private(numbers):
+    """Return a row, or a number, of any dtype as a copy (1, C) in float64."""
+    with np.errstate(all="ignore"):
+        return np.array(numbers, np.float64, ndmin=2, order="C")

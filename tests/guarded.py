@@ -95,6 +95,22 @@ def calls(classes, rows, dtype, rng):
     )
 
 
+    p = soft + np.array(0.01, dtype)
+    p /= p.sum(axis=1, keepdims=True, dtype=np.float64)
+    weights = {"weight": weight, "sample_weight": sample_weight}
+    for targets in (ids, soft):
+
+        def from_probs(place, targets=targets):
+            fastce.cross_entropy_from_probs(place(p), place(targets))
+            given = {name: place(value) for name, value in weights.items()}
+            fastce.cross_entropy_from_probs(place(p), place(targets), reduction="none", **given)
+
+        yield "probabilities", from_probs
+    yield "entries of probabilities", lambda place: fastce.binary_cross_entropy_from_probs(
+        place(p), place(soft), sample_weight=place(soft), reduction="none"
+    )
+
+
 def main():
     os.environ["FASTCE_NUM_THREADS"] = "2"
     for dtype in (np.float32, np.float64):

@@ -168,8 +168,8 @@ def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, n
 
 def modules():
     """The names of all compiled modules of this build."""
-    kernels = [f"{kind}_{target}" for kind in ("rows", "soft", "binary", "passage") for target in INFO["built_targets"]]
-    return ["cpu", *kernels]
+    kinds = ("rows", "soft", "binary", "probabilities", "passage")
+    return ["cpu", *(f"{kind}_{target}" for kind in kinds for target in INFO["built_targets"])]
 
 
 @pytest.fixture

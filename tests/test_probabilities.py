@@ -3,6 +3,7 @@
 import math
 import re
 import tracemalloc
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -11,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import log_loss
+from test_build import ON_X86_64, inspect, module_path, objdump  # noqa: F401
+from test_threads import WITH_GIL, ticks  # noqa: F401
 
 import fastce
-from fastce import _checks
-from fastce.probabilities import (
-    BLOCK_ELEMENTS,
-    binary_cross_entropy_from_probs,
-    cross_entropy_from_probs,
-)
+from fastce import _checks, _engine
+from fastce.probabilities import binary_cross_entropy_from_probs, cross_entropy_from_probs
 
+# What other layouts pass through the kernels in.
+BLOCK_ELEMENTS = _engine.BUFFER_ELEMENTS
 INF = math.inf
 NAN = math.nan
 # What the docstrings promise of float64; a narrower dtype adds half a unit in the last place for the one rounding.
@@ -433,6 +434,195 @@ def test_memory_does_not_grow_with_the_batch_times_the_classes(order):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1.15e6 + of_rows
+
+
+# Kernels
+
+# Around quarters and whole vectors, the rows that are added in a block, the pieces of long ones.
+LENGTHS = [*range(1, 36), 63, 64, 65, 127, 128, 129, 130, 255, 256, 257, 2047, 2048, 2049, 2177, 4095, 4096, 4097]
+
+
+def swapped(array):
+    """The same numbers in the other byte order: those pass through the general way and its buffers."""
+    return array.astype(array.dtype.newbyteorder())
+
+
+@pytest.mark.parametrize("classes", LENGTHS)
+def test_rows_of_any_length_have_the_losses_of_the_formula(rng, dtype, classes):
+    probs, targets = random_probs(rng, (67, classes), dtype), rng.integers(-1, classes, 67)
+    q = (rng.random(probs.shape) * (rng.random(probs.shape) < 0.8)).astype(dtype)
+    weight, sample_weight = rng.random(classes) * (rng.random(classes) < 0.8), np.round(rng.normal(0, 2, 67))
+    logs = np.log(probs.astype(np.float64))
+    allowed = BOUND + HALF_UNIT[np.dtype(dtype).name]
+    for w, s in ((None, None), (weight, sample_weight)):
+        options = {"weight": w, "sample_weight": s, "ignore_index": -1, "reduction": "none"}
+        of_class, of_row = (np.ones(classes), np.ones(67)) if w is None else (w, s)
+        expected = np.where(targets < 0, 0, -of_row * of_class[targets] * logs[np.arange(67), targets])
+        losses = cross_entropy_from_probs(probs, targets, **options)
+        np.testing.assert_allclose(losses, expected, rtol=allowed)
+        np.testing.assert_array_equal(cross_entropy_from_probs(swapped(probs), targets, **options), losses, strict=True)
+        options["ignore_index"] = None
+        products = -of_row[:, None] * of_class * q * logs
+        expected = [math.fsum(row) for row in products]
+        losses = cross_entropy_from_probs(probs, q, **options)
+        np.testing.assert_allclose(losses, expected, rtol=allowed + 1e-15)  # the products are rounded here too
+        np.testing.assert_array_equal(cross_entropy_from_probs(swapped(probs), q, **options), losses, strict=True)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weights", [np.float32, np.float64, None])
+def test_the_short_way_has_the_bits_of_the_general_one(rng, dtype, reduction, weights):
+    for rows, classes in ((8, 10), (700, 3), (300, 40), (40, 1000), (3, 5000)):
+        probs, targets = random_probs(rng, (rows, classes), dtype), rng.integers(0, classes, rows)
+        options = {"reduction": reduction}
+        if weights is not None:
+            options["weight"] = rng.random(classes).astype(weights)
+            options["sample_weight"] = np.round(rng.normal(0, 2, rows)).astype(weights)
+        others = {name: swapped(value) if name.endswith("weight") else value for name, value in options.items()}
+        for t in (targets, targets.astype(np.int32), random_probs(rng, (rows, classes), dtype)):
+            short, general = (
+                cross_entropy_from_probs(probs, t, **options),
+                cross_entropy_from_probs(swapped(probs), swapped(t), **others),
+            )
+            np.testing.assert_array_equal(short, general, strict=True)
+        options.pop("weight", None)
+        if weights is not None:
+            options["sample_weight"] = rng.normal(0, 2, probs.shape).astype(weights)
+        others = options | {"sample_weight": swapped(options["sample_weight"])} if weights is not None else options
+        for y in (rng.random(probs.shape) < 0.5, rng.integers(0, 2, probs.shape), rng.random(probs.shape)):
+            short, general = (
+                binary_cross_entropy_from_probs(probs, y, **options),
+                binary_cross_entropy_from_probs(swapped(probs), swapped(y), **others),
+            )
+            np.testing.assert_array_equal(short, general, strict=True)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, 1.0000001, NAN, INF, -INF])
+def test_a_bad_number_is_found_wherever_it_lies_in_a_row(dtype, bad):
+    for classes in (1, 2, 3, 4, 5, 7, 10, 15, 16, 17, 23, 33, 40):
+        for place in range(classes):
+            probs = np.full((5, classes), 1 / classes, dtype)
+            q = probs.copy()
+            probs[3, place] = bad
+            with pytest.raises(ValueError, match=r"probs must be finite and within \[0, 1\], got .* in row \[3\]"):
+                cross_entropy_from_probs(probs, np.zeros(5, int))
+            if bad == 1.0000001:
+                continue
+            probs, q = q, probs
+            with pytest.raises(ValueError, match=r"targets: distributions must be finite .* in row \[3\]"):
+                cross_entropy_from_probs(probs, q)
+
+
+def test_minus_0_is_a_probability_wherever_it_lies(dtype):
+    for classes in (2, 3, 5, 10, 16, 17, 40):
+        for place in range(1, classes):
+            probs, q = np.zeros((1, classes), dtype), np.ones((1, classes), dtype)
+            probs[0, 0] = 1
+            probs[0, place] = q[0, place] = -0.0
+            assert cross_entropy_from_probs(probs, [0]) == 0
+            assert cross_entropy_from_probs(probs, [place]) == INF
+            q[probs == 0] *= 0
+            loss = cross_entropy_from_probs(probs, q, reduction="none")
+            assert loss[0] == 0 and not np.signbit(loss[0])
+
+
+def test_denormal_probabilities_keep_their_digits(dtype):
+    tiny = np.finfo(dtype).smallest_subnormal
+    p = np.array([tiny, 3 * tiny, 5 * tiny, np.finfo(dtype).smallest_normal / 2, np.finfo(dtype).smallest_normal])
+    probs = np.stack([p.astype(dtype), np.ones(5, dtype)], axis=1)
+    true = [-exact_log(number) for number in probs[:, 0]]
+    assert_accurate(cross_entropy_from_probs(probs, np.zeros(5, int), reduction="none"), true, probs.dtype.name)
+    one_hot = np.repeat([[1, 0]], 5, axis=0).astype(dtype)
+    assert_accurate(cross_entropy_from_probs(probs, one_hot, reduction="none"), true, probs.dtype.name)
+    assert_accurate(binary_cross_entropy_from_probs(probs[:, 0], np.ones(5), reduction="none"), true, probs.dtype.name)
+    losses = binary_cross_entropy_from_probs(probs[:, 0], np.zeros(5), reduction="none")
+    assert_accurate(losses, [exact(number) for number in probs[:, 0]], probs.dtype.name)
+
+
+def test_logarithms_are_accurate_where_their_algorithm_changes(rng):
+    # At sqrt(1/2), where the exponent is counted from, and for 1 - p at 1 - sqrt(1/2) and 1/2; and where they are 0.
+    seams = [math.sqrt(0.5), 1 - math.sqrt(0.5), 0.5, 0.25, 1 - 2**-10, 2**-10]
+    p = np.concatenate([seam * (1 + np.arange(-30, 31) * 2.0**-52) for seam in seams] + [rng.random(300)])
+    p = p[p <= 1]
+    for y in (0, 1, 0.3):
+        losses = binary_cross_entropy_from_probs(p, np.full(len(p), y), reduction="none")
+        with mpmath.workdps(40):
+            true = [-(exact(y) * exact_log(x) + (1 - exact(y)) * exact_log(1 - exact(x))) for x in p]
+        assert_accurate(losses, true, "float64")
+
+
+@pytest.mark.parametrize("shape", [(30_000, 3), (5000, 70), (600, 1000), (3, 300_000)], ids=str)
+def test_no_number_of_threads_changes_a_bit_of_a_large_batch(rng, dtype, shape):
+    probs, targets = random_probs(rng, shape, dtype), rng.integers(0, shape[1], shape[0])
+    q, y = random_probs(rng, shape, dtype), rng.random(shape).astype(dtype)
+    others = np.asfortranarray(probs)
+    for reduction in ("none", "mean"):
+        for t in (targets, q):
+            alone = cross_entropy_from_probs(probs, t, reduction=reduction, num_threads=1)
+            for array, threads in ((probs, 2), (probs, 3), (others, 2), (probs, None)):
+                several = cross_entropy_from_probs(array, t, reduction=reduction, num_threads=threads)
+                np.testing.assert_array_equal(several, alone, strict=True)
+        alone = binary_cross_entropy_from_probs(probs, y, reduction=reduction, num_threads=1)
+        for array, threads in ((probs, 2), (probs, 3), (others, 2), (probs, None)):
+            several = binary_cross_entropy_from_probs(array, y, reduction=reduction, num_threads=threads)
+            np.testing.assert_array_equal(several, alone, strict=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_first_of_several_bad_rows_is_named_by_any_number_of_threads(num_threads):
+    probs = np.full((20_000, 10), 0.1)
+    for rows in ([19_999, 500, 12_000], [7000, 6999], [3, 19_000]):
+        bad = probs.copy()
+        bad[rows] *= 2
+        y = bad * 8
+        for array in (bad, swapped(bad)):
+            with pytest.raises(ValueError, match=rf"sum to 1 .* got 2 in row \[{min(rows)}\]"):
+                cross_entropy_from_probs(array, np.zeros(20_000, int), num_threads=num_threads)
+            with pytest.raises(ValueError, match=rf"sum to 1 .* in row \[{min(rows)}\]"):
+                cross_entropy_from_probs(array, probs, num_threads=num_threads)
+            with pytest.raises(ValueError, match=rf"targets .* in entry \[{min(rows)}, 0\]"):
+                binary_cross_entropy_from_probs(probs, y, num_threads=num_threads)
+
+
+def test_numbers_that_another_thread_puts_right_are_refused_nevertheless(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(_engine, "probability_rows", lambda *arguments: 2)  # as if row 2 had been bad when it was read
+        for targets in (IDS, PROBS):
+            with pytest.raises(ValueError, match=r"changed while they were read, in row \[2\]"):
+                cross_entropy_from_probs(swapped(PROBS), targets)
+        patch.setattr(_engine, "binary_probabilities", lambda *arguments: (0.0, 0.0, False))
+        with pytest.raises(ValueError, match="changed while they were read, in some entry"):
+            binary_cross_entropy_from_probs(swapped(PROBS), PROBS, sample_weight=PROBS)
+        patch.setattr(_engine, "first_outside", lambda *arguments: 4)
+        with pytest.raises(ValueError, match=r"changed while they were read, in entry \[1, 1\]"):
+            binary_cross_entropy_from_probs(swapped(PROBS), PROBS, sample_weight=PROBS)
+
+
+@WITH_GIL
+@pytest.mark.parametrize("binary", [False, True])
+def test_python_runs_on_while_probabilities_are_computed(binary, ticks):  # noqa: F811
+    probs = np.full((1, 2_000_000), 2.0**-21, np.float32)
+    probs[0, 0] = 1 - probs[0, 1:].sum(dtype=np.float64)
+    grown = 0
+    for _ in range(300):
+        before = ticks[0]
+        if binary:
+            binary_cross_entropy_from_probs(probs, probs, num_threads=1)
+        else:
+            cross_entropy_from_probs(probs, probs, num_threads=1)
+        grown += ticks[0] > before
+        if grown >= 3:
+            break
+    assert grown >= 3
+
+
+@ON_X86_64
+@pytest.mark.parametrize(("target", "register"), [("v3", "ymm"), ("v4", "zmm")])
+def test_loops_of_probabilities_hold_packed_instructions(target, register, objdump):  # noqa: F811
+    path = Path(str(module_path(target)).replace("rows_", "probabilities_"))
+    code = inspect(path, "-d", "--no-show-raw-insn")
+    assert len(re.findall(rf"vfn?m(?:add|sub)\d+pd\s.*%{register}\d", code)) >= 15
+    assert re.search(rf"vdivpd\s.*%{register}\d", code)
 
 
 # Layouts

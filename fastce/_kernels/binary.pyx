@@ -1,4 +1,4 @@
-"""Sigmoid cross-entropy of entries and its gradient: the arithmetic, the entry points, the division of a batch.
+"""Cross-entropy of entries, of logits with the gradient or of probabilities: arithmetic, entry points, division.
 
 Compiled once per CPU target (setup.py), float32 and float64 from one text. The kernels know pointers, lengths and
 numbers and trust them; whether targets are in [0, 1] is looked up on the way.
@@ -16,11 +16,16 @@ scale and its product 2; together 7.2 u = 4.3e-7. The largest seen among million
 Weights of entries multiply in float64. Where a pos_weight or the scale is so extreme that float32 might leave its
 range, all of it is computed in float64.
 
+Entries of probabilities p have the loss -(y log p + (1 - y) log1p(-p)), all of it in float64: two logarithms within 6
+units of 2^-53 (vexp.pxd), of which a target 0 or 1 needs one; together 10, the largest seen 4.8. Whether entries are in
+order is looked up on the way too.
+
 Losses are summed in float64, each block in fixed lanes, then the blocks in pairs: neither the number of threads nor the
 layout changes a bit.
 """
 
 from cython.parallel cimport prange, threadid
+from libc.float cimport DBL_MAX
 from libc.math cimport INFINITY, copysign, copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -30,9 +35,17 @@ cimport numpy as cnp
 
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport Rounding, larger, next_line, round_as_before, round_to_nearest, smaller
-from fastce._kernels.plain cimport SLAB_ELEMENTS, are_apart, is_gradient, is_native
+from fastce._kernels.plain cimport (
+    SLAB_ELEMENTS,
+    are_apart,
+    is_denominator,
+    is_gradient,
+    is_native,
+    threads_of,
+)
 from fastce._kernels.vexp cimport (
     ExpWindow,
+    atanh_series,
     bits_of_float,
     double_of_bits,
     exp_shifted,
@@ -41,6 +54,7 @@ from fastce._kernels.vexp cimport (
     multiply_add_double,
     multiply_add_float,
     run_time_value,
+    take_logs,
 )
 
 cnp.import_array()
@@ -103,6 +117,7 @@ cdef struct Batch:
     char* losses
     double* sums            # of the losses of each block
     char* out
+    double* weights         # the sums of the sample weights of each block, of probabilities alone
     bint plain              # the targets alone are the coefficients
     bint weighted           # entries differ in sample_weight or grad_output
     Room* rooms             # one for each thread, if there are several
@@ -113,7 +128,7 @@ cdef struct Batch:
 # both * log1p(e) + rest for 0 <= e <= 1, e given as e * up, up = 1/down a power of two; nan stays nan.
 # float32: log1p(e) = e * P(e), the error of P alone is 2^-27.3 (tools/coefficients.py).
 # float64: 1 + e = 2^k (1 + f) with k = 0 or 1, -0.3 < f < 0.42, log(1 + f) = 2 atanh(s), s = f / (2 + f), with the
-# series of vexp.pxd's log_mantissa.
+# series of vexp.pxd.
 cdef inline floating add_log1p(
     floating both, floating e_up, floating up, floating down, floating rest
 ) noexcept nogil:
@@ -135,11 +150,7 @@ cdef inline floating add_log1p(
         exponent = 0.6931471805599453 if e > 0.41421356237309503 else 0.0
         s = (0.5 * e_up - 0.5 * up if e > 0.41421356237309503 else e_up) / (2.0 + f)
         z = (s * down) * (s * down)
-        p = multiply_add_double(0.14799487338447104, z, 0.1531368752092411)
-        p = multiply_add_double(p, z, 0.1818357906686337)
-        p = multiply_add_double(p, z * z, multiply_add_double(0.22222198273544116, z, 0.28571428745551214))
-        p = multiply_add_double(p, z * z, multiply_add_double(0.3999999999939863, z, 0.6666666666666737))
-        return multiply_add_double(both * down * s, multiply_add_double(z, p, 2.0), both * exponent + rest)
+        return multiply_add_double(both * down * s, atanh_series(z), both * exponent + rest)
 
 
 cdef inline floating multiply_add(floating a, floating b, floating c) noexcept nogil:
@@ -440,6 +451,75 @@ cdef inline void finish_weighted(
             out[i] = <stored>(0.0 if weight[i] == 0 else slope[i] * (weight[i] * (factor[i] * every)))
 
 
+# ---- a block of probabilities --------------------------------------------------------------------------------------
+
+# The numbers whose logarithms are taken: x = p where the target is 1, else x + rest = 1 - p. From 1/2 on that is exact.
+# Below 1 - sqrt(1/2) x is its own mantissa, and x - 1 + rest is -p: the logarithm is that of 1 - p as it is. In between
+# the rest counts for nothing: it is 2^-54 at most, the logarithm beyond 0.34.
+cdef inline void choose_sides(
+    const double* p, const double* y, Py_ssize_t n, double* x, double* rest
+) noexcept nogil:
+    cdef double below
+    cdef Py_ssize_t i
+    for i in range(n):
+        below = 1.0 - p[i]
+        x[i] = p[i] if y[i] == 1 else below
+        rest[i] = 0.0 if y[i] == 1 else (1.0 - below) - p[i]
+
+
+# Entries [first, first + n), n <= BLOCK; returns whether those whose sample weight is not 0 are in order.
+cdef bint take_block_of_probabilities(
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, const stored* like
+) noexcept nogil:
+    cdef double* p = room.logits
+    cdef double* y = room.targets
+    cdef double* weight = room.weight
+    cdef double* loss = room.loss
+    cdef double* x = room.positive
+    cdef double* rest = room.negative
+    cdef double* ratios = room.slopes
+    cdef const stored* probs = <const stored*>batch.logits + first
+    cdef stored* losses = <stored*>batch.losses + first
+    cdef int64_t soft = 0
+    cdef Py_ssize_t i
+    load(&batch.targets, first, n, y)
+    for i in range(n):
+        p[i] = probs[i]
+    if batch.weighted:
+        load(&batch.sample_weight, first, n, weight)
+        for i in range(n):
+            p[i] = p[i] if weight[i] != 0 else 1.0
+            y[i] = y[i] if weight[i] != 0 else 1.0
+        if count_outside(<const double*>weight, n, -DBL_MAX, DBL_MAX):
+            return False
+    if count_outside(<const double*>p, n, 0.0, 1.0) or count_outside(<const double*>y, n, 0.0, 1.0):
+        return False
+    for i in range(n):
+        soft += 1 if y[i] * (1.0 - y[i]) != 0 else 0
+    choose_sides(p, y, n, x, rest)
+    take_logs(<const double*>x, rest, NULL, n, ratios, loss)
+    if soft:
+        for i in range(n):
+            loss[i] = (1.0 - y[i]) * loss[i] if y[i] != 1 else loss[i]
+            x[i] = p[i] if y[i] != 0 and y[i] != 1 else 1.0
+        take_logs(<const double*>x, NULL, NULL, n, ratios, rest)
+        for i in range(n):
+            loss[i] = y[i] * rest[i] + loss[i]
+    # A negation would make -0 of 0.
+    if batch.weighted:
+        for i in range(n):
+            loss[i] = 0.0 - loss[i] * weight[i] if weight[i] != 0 else 0.0
+        batch.weights[first // BLOCK] = sum_of(<const double*>weight, n)
+    else:
+        for i in range(n):
+            loss[i] = 0.0 - loss[i]
+    batch.sums[first // BLOCK] = sum_of(<const double*>loss, n)
+    if batch.losses != NULL:
+        for i in range(n):
+            losses[i] = <stored>loss[i]
+    return True
+
+
 # ---- a batch -------------------------------------------------------------------------------------------------------
 
 cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
@@ -505,6 +585,37 @@ cdef Py_ssize_t take_entries(
     return outside
 
 
+# The whole batch of probabilities; returns how many blocks are not in order.
+cdef Py_ssize_t take_probabilities(const Batch* batch, int num_threads, const stored* like) noexcept nogil:
+    cdef Py_ssize_t size = task_entries(batch.n, num_threads)
+    cdef Py_ssize_t task, bad = 0
+    num_threads = team_for(useful_threads(batch.n, num_threads))
+    if num_threads == 1:
+        return take_probabilities_alone(batch, like)
+    for task in prange((batch.n + size - 1) // size, num_threads=num_threads, schedule="dynamic", chunksize=1):
+        bad += take_part_of_probabilities(
+            batch, batch.rooms + threadid(), task * size, smaller(size, batch.n - task * size), like
+        )
+    return bad
+
+
+cdef Py_ssize_t take_probabilities_alone(const Batch* batch, const stored* like) noexcept nogil:
+    cdef Room room
+    return take_part_of_probabilities(batch, rooms_in(<char*>&room), 0, batch.n, like)
+
+
+cdef Py_ssize_t take_part_of_probabilities(
+    const Batch* batch, Room* room, Py_ssize_t first, Py_ssize_t n, const stored* like
+) noexcept nogil:
+    cdef Py_ssize_t i, bad = 0
+    cdef Rounding rounding
+    round_to_nearest(&rounding)
+    for i in range(blocks_of(n)):
+        bad += not take_block_of_probabilities(batch, room, first + i * BLOCK, smaller(BLOCK, n - i * BLOCK), like)
+    round_as_before(&rounding)
+    return bad
+
+
 # In float64 where float32 might leave its range.
 cdef Py_ssize_t take_any_batch(Batch* batch, int num_threads, bint single, bint wide) noexcept nogil:
     if not single:
@@ -565,6 +676,107 @@ def binary_entries(
         outside = take_any_batch(&batch, num_threads, single, wide)
     free(memory)
     return outside == 0
+
+
+def binary_probabilities(
+    cnp.ndarray probs, targets, sample_weight, cnp.ndarray losses, cnp.ndarray sums, weights, int num_threads,
+):
+    """Fill `sums` and, unless None, `losses` as binary_entries does, `weights` with the sums of the sample weights.
+
+    Returns whether all entries are in order: weights finite, and where they are not 0, probabilities and targets in
+    [0, 1]. If not, what was filled is not to be used. `weights` goes with `sample_weight`.
+    """
+    cdef Batch batch
+    cdef char* memory
+    cdef Py_ssize_t n_bytes
+    cdef bint accepted
+    batch.n = cnp.PyArray_SIZE(probs)
+    batch.logits = <char*>cnp.PyArray_DATA(probs)
+    batch.targets = numbers_of(targets)
+    batch.sample_weight = numbers_of(sample_weight)
+    batch.losses = NULL if losses is None else <char*>cnp.PyArray_DATA(losses)
+    batch.sums = <double*>cnp.PyArray_DATA(sums)
+    batch.weighted = weights is not None
+    batch.weights = <double*>cnp.PyArray_DATA(<cnp.ndarray>weights) if batch.weighted else NULL
+    n_bytes = rooms_bytes(batch.n, num_threads)
+    memory = <char*>malloc(n_bytes)
+    if memory == NULL and n_bytes:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.rooms = rooms_in(memory)
+    accepted = run_probabilities(&batch, num_threads, cnp.PyArray_TYPE(probs) == cnp.NPY_FLOAT32)
+    free(memory)
+    return accepted
+
+
+cdef bint run_probabilities(const Batch* batch, int num_threads, bint single):
+    cdef Py_ssize_t bad
+    if num_threads == 1 and batch.n < GIL_ENTRIES:
+        return take_probabilities_of(batch, 1, single) == 0
+    with nogil:
+        bad = take_probabilities_of(batch, num_threads, single)
+    return bad == 0
+
+
+cdef Py_ssize_t take_probabilities_of(const Batch* batch, int num_threads, bint single) noexcept nogil:
+    if single:
+        return take_probabilities(batch, num_threads, <const float*>NULL)
+    return take_probabilities(batch, num_threads, <const double*>NULL)
+
+
+# As plain_binary, entries that are not in order included.
+def plain_probabilities(
+    probs, targets, sample_weight, str reduction, denominator, num_threads, Py_ssize_t serial_entries, choose_threads
+):
+    """Return the reduced losses of probabilities and, for targets and weights, plain arrays of their shape, or None."""
+    cdef Batch batch
+    cdef bint mean = reduction == "mean"
+    cdef int threads
+    cdef double divisor
+    cdef char* memory
+    cdef Py_ssize_t n_bytes, n_sums
+    if not is_plain(probs) or not is_denominator(denominator, mean):
+        return None
+    # Runs Python, and with it other threads: before anything is read that they could change.
+    threads = threads_of(probs, num_threads, serial_entries, choose_threads)
+    if (
+        threads == 0
+        or not (is_plain(probs) and is_native(probs) and 0 < cnp.PyArray_SIZE(probs) <= SLAB_ELEMENTS)
+        or not (is_plain(targets) and is_target_kind(cnp.PyArray_TYPE(targets)))
+        or not cnp.PyArray_SAMESHAPE(probs, targets)
+        or not (sample_weight is None or (is_plain(sample_weight) and is_native(sample_weight)))
+        or not (sample_weight is None or cnp.PyArray_SAMESHAPE(probs, sample_weight))
+    ):
+        return None
+    batch.n = cnp.PyArray_SIZE(probs)
+    batch.logits = <char*>cnp.PyArray_DATA(probs)
+    batch.targets = numbers_of(targets)
+    batch.sample_weight = numbers_of(sample_weight)
+    batch.weighted = sample_weight is not None
+    n_bytes = rooms_bytes(batch.n, threads)
+    n_sums = blocks_of(batch.n)
+    memory = <char*>malloc(n_bytes + 2 * n_sums * sizeof(double))
+    if memory == NULL:
+        raise MemoryError("fastce could not allocate its working memory")
+    batch.rooms = rooms_in(memory)
+    batch.sums = <double*>(memory + n_bytes)
+    batch.weights = batch.sums + n_sums
+    try:
+        losses = None
+        batch.losses = NULL
+        if reduction == "none":
+            losses = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(probs), cnp.PyArray_DIMS(probs), cnp.PyArray_TYPE(probs), 0)
+            batch.losses = <char*>cnp.PyArray_DATA(losses)
+        if not run_probabilities(&batch, threads, cnp.PyArray_TYPE(probs) == cnp.NPY_FLOAT32):
+            return None
+        if losses is not None:
+            return losses
+        divisor = 1.0
+        if mean:
+            divisor = pairwise_sum(batch.weights, n_sums) if batch.weighted else batch.n
+            divisor = divisor if denominator is None else denominator
+        return pairwise_sum(batch.sums, n_sums) / divisor if divisor != 0.0 else None
+    finally:
+        free(memory)
 
 
 # The plain case in one call: C-contiguous native logits and targets of one shape, no options, the mean. Whatever is not

@@ -298,6 +298,74 @@ static inline void fastce_fold(const fastce_lanes *sum, double *folded)
 FASTCE_SUM(float)
 FASTCE_SUM(double)
 
+/* A hint only: any address will do. */
+static inline void fastce_prefetch(const void *address) { __builtin_prefetch(address); }
+
+/* The sum of a row's n elements, in 8 lanes, then 4, of which the last may read elements before it again. The highest
+   bit of `outside` is set where an element is not in [0, most]: as integers, the bits of all others are above those of
+   `most` or have the sign, and so has -0.0. Elements are asked for so many bytes `ahead`. */
+#define FASTCE_LOOK(type, integer)                                                                                    \
+    static inline double fastce_look_##type(const type *x, ptrdiff_t n, type most, ptrdiff_t ahead, integer *outside) \
+    {                                                                                                                 \
+        enum { width = FASTCE_BYTES / sizeof(type), four = FASTCE_LANES < 4 ? FASTCE_LANES : 4 };                     \
+        typedef integer bits __attribute__((vector_size(FASTCE_BYTES)));                                              \
+        typedef integer few_bits __attribute__((vector_size(four * sizeof(type))));                                   \
+        typedef type few __attribute__((vector_size(four * sizeof(type))));                                           \
+        typedef double few_sums __attribute__((vector_size(four * 8)));                                               \
+        static const integer kept[8] = {0, 0, 0, 0, -1, -1, -1, -1};                                                  \
+        fastce_lanes sum[FASTCE_SUMS] = {{0}};                                                                        \
+        few_sums fourth[4 / four] = {{0}};                                                                            \
+        few_bits beyond_few = {0}, number, mask;                                                                      \
+        integer limit, one, beyond = 0;                                                                               \
+        double lanes[4], rest = 0;                                                                                    \
+        ptrdiff_t i = 0;                                                                                              \
+        memcpy(&limit, &most, sizeof limit);                                                                          \
+        if (n >= 16) {                                                                                                \
+            bits beyond_all = {0}, numbers;                                                                           \
+            for (; i + 16 <= n; i += 16) {                                                                            \
+                for (int part = 0; part < FASTCE_PARTS; part++)                                                       \
+                    sum[part % FASTCE_SUMS] += fastce_widened_##type(x + i + part * FASTCE_LANES);                    \
+                for (ptrdiff_t byte = 0; byte < (ptrdiff_t)(16 * sizeof(type)); byte += 64)                           \
+                    fastce_prefetch((const char *)(x + i) + ahead + byte);                                            \
+                for (int start = 0; start < 16; start += width) {                                                     \
+                    memcpy(&numbers, x + i + start, sizeof numbers);                                                  \
+                    beyond_all |= (limit - numbers) | numbers;                                                        \
+                }                                                                                                     \
+            }                                                                                                         \
+            fastce_fold(sum, lanes);                                                                                  \
+            memcpy(fourth, lanes, sizeof fourth);                                                                     \
+            for (int lane = 0; lane < width; lane++)                                                                  \
+                beyond |= beyond_all[lane];                                                                           \
+        }                                                                                                             \
+        for (; i + 4 <= n; i += 4)                                                                                    \
+            for (int part = 0; part < 4 / four; part++) {                                                             \
+                memcpy(&number, x + i + part * four, sizeof number);                                                  \
+                fourth[part] += __builtin_convertvector((few)number, few_sums);                                       \
+                beyond_few |= (limit - number) | number;                                                              \
+            }                                                                                                         \
+        if (i < n && n >= 4) {                                                                                        \
+            for (int part = 0; part < 4 / four; part++) {                                                             \
+                memcpy(&number, x + n - 4 + part * four, sizeof number);                                              \
+                memcpy(&mask, kept + n - i + part * four, sizeof mask);                                               \
+                fourth[part] += __builtin_convertvector((few)(number & mask), few_sums);                              \
+                beyond_few |= (limit - number) | number;                                                              \
+            }                                                                                                         \
+        } else {                                                                                                      \
+            for (; i < n; i++) {                                                                                      \
+                rest += x[i];                                                                                         \
+                memcpy(&one, x + i, sizeof one);                                                                      \
+                beyond |= (limit - one) | one;                                                                        \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int lane = 0; lane < four; lane++)                                                                       \
+            beyond |= beyond_few[lane];                                                                               \
+        *outside = beyond;                                                                                            \
+        memcpy(lanes, fourth, sizeof lanes);                                                                          \
+        return rest + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));                                                \
+    }
+FASTCE_LOOK(float, uint32_t)
+FASTCE_LOOK(double, uint64_t)
+
 /* Where the one element above `least` is that is not element t, or n; the row is read up to the next multiple of 8. */
 #define FASTCE_ABOVE(type, integer)                                                                                   \
     static inline ptrdiff_t fastce_above_##type(const type *row, ptrdiff_t n, ptrdiff_t t, type least)                \
@@ -495,8 +563,5 @@ FASTCE_VECTORS(double, pd)
     }
 FASTCE_LARGEST(float, ps)
 FASTCE_LARGEST(double, pd)
-
-/* A hint only: any address will do. */
-static inline void fastce_prefetch(const void *address) { __builtin_prefetch(address); }
 
 #endif

@@ -4,7 +4,8 @@ Coefficients are printed by tools/coefficients.py; the errors named there are th
 2^-28.0 for the float32 exp, 2^-57.7 for the float64 exp, 2^-59.4 for the log.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from "target.h" nogil:
     float multiply_add_float "fastce_multiply_add_float" (float a, float b, float c)
@@ -16,6 +17,9 @@ cdef extern from "target.h" nogil:
     float float_of_bits "fastce_float_of_bits" (uint32_t bits)
     double double_of_bits "fastce_double_of_bits" (uint64_t bits)
     double run_time_value "fastce_run_time_value" (double x)
+
+cdef extern from *:
+    double TINY "0x1p-1022"     # the least normal number of float64
 
 ctypedef fused floating:
     float
@@ -117,8 +121,7 @@ cdef inline double round_to_integer(double x) noexcept nogil:
 # in the arrangement of fdlibm, whose error is below 0.85 ulp because f carries the value and the rest is a correction.
 # 0x3fe6a09e667f3bcd is sqrt(1/2): subtracting it makes the exponent field count from there.
 cdef inline double log_mantissa(double x) noexcept nogil:
-    cdef uint64_t bits = bits_of_double(x) + (<uint64_t>0x3ff0000000000000 - <uint64_t>0x3fe6a09e667f3bcd)
-    cdef double f = double_of_bits((bits & <uint64_t>0x000fffffffffffff) + <uint64_t>0x3fe6a09e667f3bcd) - 1.0
+    cdef double f = mantissa_less_one(x)
     cdef double s = f / (2.0 + f)
     cdef double z = s * s
     cdef double half = 0.5 * f * f
@@ -131,7 +134,62 @@ cdef inline double log_mantissa(double x) noexcept nogil:
     return f - (half - s * (half + z * p))
 
 
+cdef inline double mantissa_less_one(double x) noexcept nogil:
+    cdef uint64_t bits = bits_of_double(x) + (<uint64_t>0x3ff0000000000000 - <uint64_t>0x3fe6a09e667f3bcd)
+    return double_of_bits((bits & <uint64_t>0x000fffffffffffff) + <uint64_t>0x3fe6a09e667f3bcd) - 1.0
+
+
+# 2 atanh(s) / s for z = s^2 by the same series, whose terms meet sooner: where many logarithms are taken.
+cdef inline double atanh_series(double z) noexcept nogil:
+    cdef double p = multiply_add_double(0.14799487338447104, z, 0.1531368752092411)
+    p = multiply_add_double(p, z, 0.1818357906686337)
+    p = multiply_add_double(p, z * z, multiply_add_double(0.22222198273544116, z, 0.28571428745551214))
+    p = multiply_add_double(p, z * z, multiply_add_double(0.3999999999939863, z, 0.6666666666666737))
+    return multiply_add_double(z, p, 2.0)
+
+
 # k as a double without an integer conversion, which AVX2 lacks: 2^52 + biased exponent, by its bits, minus 2^52 + bias.
 cdef inline double log_exponent(double x) noexcept nogil:
     cdef uint64_t bits = bits_of_double(x) + (<uint64_t>0x3ff0000000000000 - <uint64_t>0x3fe6a09e667f3bcd)
     return double_of_bits((bits >> 52) | <uint64_t>0x4330000000000000) - (4503599627370496.0 + 1023.0)
+
+
+# log(x + rest) of a normal x > 0 is log_by_ratio(ratio_of(x, rest), log_exponent(x)); rest is what x was rounded by, or
+# 0. Within 6 * 2^-53: f, 2 + f, s and z are rounded once each, the series and its product with s too. Where k is not 0
+# the result is at least ln2/2, beside which that is less; the constant is off by 2^-55 of it, and product and sum are
+# rounded.
+cdef inline double ratio_of(double x, double rest) noexcept nogil:
+    cdef double f = mantissa_less_one(x) + rest
+    return f / (2.0 + f)
+
+
+cdef inline double log_by_ratio(double s, double k) noexcept nogil:
+    return multiply_add_double(k, 0.6931471805599453, s * atanh_series(s * s))
+
+
+# log x of 0 and of denormal x.
+cdef inline double log_of_tiny(double x) noexcept nogil:
+    cdef double up = x * 18014398509481984.0    # 2^54
+    return log_by_ratio(ratio_of(up, 0.0), log_exponent(up) - 54.0) if x > 0 else -INFINITY
+
+
+# logs[i] = log(x[i] + rest[i]) * factor[i] of any x >= 0, 0 where a factor is; rests are 0 and factors 1 if they are
+# NULL. In two loops: in one, an entry is a chain of 90 cycles, of which the processor does not look far enough ahead.
+# Tiny x are rare and mended afterwards: choices in the loop make gcc take logarithms on either side of them.
+cdef inline void take_logs(
+    const floating* x, const double* rest, const floating* factor, Py_ssize_t n, double* ratios, double* logs
+) noexcept nogil:
+    cdef int64_t n_tiny = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        ratios[i] = ratio_of(x[i], 0.0 if rest == NULL else rest[i])
+        logs[i] = log_exponent(x[i])
+        n_tiny += 1 if x[i] < TINY else 0
+    for i in range(n):
+        logs[i] = log_by_ratio(ratios[i], logs[i]) * (1.0 if factor == NULL else <double>factor[i])
+    if n_tiny:
+        for i in range(n):
+            if x[i] < TINY:
+                logs[i] = log_of_tiny(x[i])
+                if factor != NULL:
+                    logs[i] = logs[i] * factor[i] if factor[i] != 0 else 0.0

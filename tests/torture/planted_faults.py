@@ -65,6 +65,15 @@ FAULTS = [
     Fault("probabilities may sum to anything", "fastce/_checks.py",
           "off = np.abs(totals - 1.0) > tolerance", "off = np.abs(totals - 1.0) > np.inf",
           "test_probabilities.py"),
+    Fault("the kernel takes any sum for that of probabilities", KERNELS + "probabilities.pyx",
+          "fabs(total - 1.0) <= tolerance", "fabs(total - 1.0) < INFINITY",
+          "test_probabilities.py"),
+    Fault("rows of probabilities are read whatever their weight", KERNELS + "probabilities.pyx",
+          "return batch.sample_weight == NULL or batch.sample_weight[row] != 0", "return True",
+          "test_probabilities.py"),
+    Fault("log(1 - p) of small p loses digits", KERNELS + "binary.pyx",
+          "(1.0 - below) - p[i]", "0.0",
+          "test_probabilities.py"),
     Fault("binary targets are not looked at", KERNELS + "binary.pyx",
           "return largest <= 0x3f800000 and not outside", "return True",
           "test_binary.py"),
@@ -185,6 +194,7 @@ FAULTS = [
 SHOWN_BY = {
     "soft.pyx": "soft", "short.pxd": "soft", "general.pxd": "soft", "log_columns.pxd": "soft",
     "binary.pyx": "binary",
+    "probabilities.pyx": "probabilities",
     "passage.pyx": "passage", "passage.h": "passage",
     "cpu.pyx": "cpu", "team.h": "cpu",
 }  # fmt: skip
