@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("fastce/_kernels")
-SOURCES = ("rows", "soft", "binary", "probabilities", "passage")  # each compiled once per target
+SOURCES = ("rows", "soft", "binary", "divergence", "probabilities", "passage")  # each compiled once per target
 # Two-sum and the rounding to integers live on the order of operations, whatever CFLAGS say. These come first: gcc takes
 # back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
 FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]

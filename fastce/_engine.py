@@ -64,6 +64,7 @@ soft = load_module("soft")
 binary = load_module("binary")
 passage = load_module("passage")
 probabilities = load_module("probabilities")
+divergence = load_module("divergence")
 
 
 def build_info():
@@ -340,30 +341,6 @@ def softmax_rows(logits, out, num_threads):
         kernels.softmax_rows(rows, ids[: len(rows)], losses, values, memory, num_threads)
 
 
-class Softened:
-    """Logits, class axis last, that a walk sees as their softmax: ``softened[index]`` is that of a block, in float64.
-
-    The memory for it is had when it is made; a block is good until the next one.
-    """
-
-    def __init__(self, logits, num_threads):
-        self.logits, self.dtype = logits, np.dtype(np.float64)
-        n_classes = logits.shape[-1]
-        step = min(logits.size // n_classes, max(1, BUFFER_ELEMENTS // n_classes))
-        self.num_threads = threads_for(logits.size, num_threads)
-        self.probabilities = np.empty((step, n_classes))
-        self.ids, self.losses = np.zeros(step, np.int64), np.empty(step)
-        self.memory = np.empty(kernels.memory_needed(step, n_classes, False, True, self.num_threads), "u1")
-
-    def __getitem__(self, index):
-        block = self.logits[index]
-        n_rows = block.size // block.shape[-1]
-        rows = self.probabilities[:n_rows]
-        np.copyto(rows.reshape(block.shape), block, casting="unsafe")
-        kernels.softmax_rows(rows, self.ids[:n_rows], self.losses[:n_rows], rows, self.memory, self.num_threads)
-        return rows.reshape(block.shape)
-
-
 def log_softmax_rows(logits, out, lse, num_threads):
     """Fill, unless they are None, `out` with log_softmax and `lse` (flat float64) with logsumexp."""
     n_rows, n_classes = logits.size // logits.shape[-1], logits.shape[-1]
@@ -403,7 +380,7 @@ def probability_rows(probs, ids, distributions, weight, sample_weight, tolerance
     if distributions is not None:  # read in the same dtype: float64 holds the numbers of any other
         dtype = np.promote_types(dtype, computing_dtype(distributions.dtype))
     slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
-    walk = Walk(n_rows, n_classes, dtype, [probs, distributions], [None], slab)
+    walk = Walk(n_rows, n_classes, dtype, [probs, distributions], [None], slab, num_threads)
     memory = np.empty(probabilities.memory_needed(walk.step, n_classes, num_threads), "u1")
     for part, (rows, mass), _ in walk:
         bad = probabilities.rows_of_probabilities(
@@ -413,6 +390,30 @@ def probability_rows(probs, ids, distributions, weight, sample_weight, tolerance
         if bad >= 0:
             return part.start + bad
     return -1
+
+
+def divergence_rows(logits, targets, from_logits, losses, sample_weight, scale, out, num_threads):
+    """Fill `losses` and, unless it is None, `out` with the gradients, times `scale`, of divergences from a teacher.
+
+    `logits`, `targets` and `out` have any layout and dtype, class axis last; `losses` and `sample_weight` are flat over
+    the other axes; `scale` is a float or an array like `losses`.
+    """
+    n_rows, n_classes = len(losses), logits.shape[-1]
+    if n_rows == 0:
+        return
+    num_threads = threads_for(logits.size, num_threads)
+    dtype = computing_dtype(logits.dtype)
+    dtypes = dtype, computing_dtype(targets.dtype), dtype
+    slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
+    walk = Walk(n_rows, n_classes, dtype, [logits, targets], [out], slab, num_threads, dtypes)
+    memory = np.empty(divergence.memory_needed(walk.step, n_classes, num_threads), "u1")
+    scales = scale if isinstance(scale, np.ndarray) else None
+    scale = 1.0 if scales is not None else scale
+    for part, (rows, others), (grads,) in walk:
+        divergence.divergence_rows(
+            rows, others, from_logits, losses[part], part_of(sample_weight, part), scale, part_of(scales, part), grads,
+            memory, num_threads,
+        )
 
 
 def computing_dtype(dtype):
@@ -468,14 +469,16 @@ class Walk:
     """The way through a batch in blocks: yields (slice of the flattened rows, input blocks, output blocks).
 
     Inputs and outputs have any layout and dtype, class axis last, or are None. Those that kernels can use stay where
-    they are, `slab` rows at a time; the others pass through buffers of a fixed size, had when the walk is made.
+    they are, `slab` rows at a time; the others pass through buffers of a fixed size, had when the walk is made. Kernels
+    read and write `dtype`, or of each array its own of `dtypes`.
     """
 
-    def __init__(self, n_rows, n_classes, dtype, inputs, outputs, slab, num_threads):
+    def __init__(self, n_rows, n_classes, dtype, inputs, outputs, slab, num_threads, dtypes=None):
         self.n_rows = n_rows
         self.arrays = [*inputs, *outputs]
         self.n_inputs = len(inputs)
-        self.rows = [as_rows(array) if can_lie(array, dtype) else None for array in self.arrays]
+        dtypes = dtypes or [dtype] * len(self.arrays)
+        self.rows = [as_rows(a) if can_lie(a, d) else None for a, d in zip(self.arrays, dtypes, strict=True)]
         through = [i for i, array in enumerate(self.arrays) if array is not None and self.rows[i] is None]
         self.where_they_lie = not through
         # The size of the first output, 0 unless it stays where it is: kernels see a part of it.
@@ -483,7 +486,7 @@ class Walk:
         self.step = min(n_rows, slab if self.where_they_lie else max(1, BUFFER_ELEMENTS // n_classes))
         self.buffers: list[np.ndarray | None] = [None] * len(self.arrays)
         for i in through:
-            kind = np.uint8 if self.arrays[i].dtype == np.uint8 else dtype
+            kind = np.uint8 if self.arrays[i].dtype == np.uint8 else dtypes[i]
             self.buffers[i] = np.empty((self.step, n_classes), kind)
         self.num_threads = num_threads
         # Kernels may write the first output over the logits, so one buffer serves both.

@@ -9,8 +9,9 @@ from fastce import _checks, _engine
 from fastce.targets import SparseTargets
 
 AXIS = -1
+# By name, so that a default is told by identity; the same objects as any such words in the code.
+MEAN, SUM, NONE = "mean", "sum", "none"
 IGNORE_INDEX = _checks.DEFAULT_IGNORED
-MEAN, SUM, NONE = "mean", "sum", "none"  # the same objects as any such words in the code
 NEUTRAL = {"logit_scale": 1.0, "smoothing": 0.0, "z_loss": 0.0}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastce import _engine
-from fastce._problem import AXIS, classes_last, deliver, gradient_array, pose
+from fastce._problem import AXIS, IGNORE_INDEX, MEAN, classes_last, deliver, gradient_array, may_be_plain, pose
 
 __all__ = ["kl_divergence", "kl_divergence_with_grad"]
 
@@ -15,7 +15,7 @@ def kl_divergence(
     axis=AXIS,
     from_logits=False,
     sample_weight=None,
-    reduction="mean",
+    reduction=MEAN,
     denominator=None,
     num_threads=None,
 ):
@@ -53,10 +53,10 @@ def kl_divergence(
 
     Notes
     -----
-    With :math:`\delta_c = \log p_c - \log q_c` the sum is computed as
-    :math:`\sum_{q_c > 0} q_c (e^{\delta_c} - 1 - \delta_c) + \sum_{q_c = 0} p_c + \sum_c q_c - 1`, in float64: no term
-    of the first two sums is negative, so that a small divergence keeps its digits. Kullback and Leibler, "On
-    information and sufficiency" (1951).
+    The sum is computed as :math:`\sum_c (p_c - q_c + q_c \log (q_c / p_c)) + \sum_c q_c - 1`, in float64 whatever the
+    dtype: no term of the first sum is negative, and where p and q are near each other what is computed of them does
+    not cancel, so that a small divergence keeps its digits. A p that float64 cannot hold enters by its logarithm.
+    Kullback and Leibler, "On information and sufficiency" (1951).
 
     Examples
     --------
@@ -78,7 +78,7 @@ def kl_divergence_with_grad(
     axis=AXIS,
     from_logits=False,
     sample_weight=None,
-    reduction="mean",
+    reduction=MEAN,
     denominator=None,
     num_threads=None,
     grad_output=None,
@@ -123,6 +123,13 @@ def _divergence(
     logits, targets, axis, from_logits, sample_weight, reduction, denominator, num_threads, grad_output=None, out=None,
     *, with_grad=False,
 ):
+    if may_be_plain(logits, axis, reduction):
+        plain = _plain(
+            logits, targets, from_logits, sample_weight, reduction, denominator, num_threads, grad_output, out,
+            with_grad,
+        )
+        if plain is not None:
+            return plain
     problem = pose(
         logits, targets, axis, num_threads, reduction=reduction, denominator=denominator, sample_weight=sample_weight,
         ignore_index=None, from_logits=from_logits,
@@ -136,67 +143,39 @@ def _divergence(
     return deliver(problem, grad, fill=_fill), grad
 
 
-def _fill(problem, losses, scale, grad):
-    """Fill `losses` (N,), in blocks, then, unless it is None, `grad`; no array is as large as the logits.
+def _plain(
+    logits, targets, from_logits, sample_weight, reduction, denominator, num_threads, grad_output, out, with_grad
+):
+    """Return (loss, gradient or None) of a call without options on plain arrays, or None if it is not one."""
+    threads = num_threads, grad_output, _engine.SERIAL_ELEMENTS, _engine.default_threads
+    plain = _engine.divergence.plain_divergence(
+        logits, targets, out, with_grad, from_logits, sample_weight, reduction, denominator, *threads
+    )
+    if plain is None or not with_grad or from_logits:
+        return plain
+    # The gradient against distributions is that of cross-entropy.
+    with_gradient = _engine.soft.plain_general(
+        logits, targets, None, None, out, True, None, False, None, None, IGNORE_INDEX, 0.0, 1.0, None, 0.0, None,
+        reduction, denominator, *threads,
+    )
+    return with_gradient and (plain[0], with_gradient[1])
 
-    All losses come first: they take memory, which may fail, and gradients may be written over the logits.
+
+def _fill(problem, losses, scale, grad):
+    """Fill `losses` (N,) and, unless it is None, `grad`; no array is as large as the logits.
+
+    Where the gradient is that of cross-entropy, all losses come first: gradients may be written over the logits.
     """
     from_logits = problem.distribution is None
     arrays = problem.logits, problem.target_logits if from_logits else problem.distribution, grad
     logits, targets, grad = (classes_last(array, problem.axis) for array in arrays)
-    step = max(1, _engine.BUFFER_ELEMENTS // logits.shape[-1])
-    for index, first, stop in _engine.row_blocks(logits.shape[:-1], step):
-        log_p = _activated(logits[index], problem.num_threads, logarithm=True)
-        log_q, q = None, targets[index]
-        if from_logits:
-            # Not e^log_q: the rounding of a large logarithm would be the error of q.
-            log_q, q = (_activated(q, problem.num_threads, logarithm=logarithm) for logarithm in (True, False))
-        # A row longer than a block is summed part by part, between which Ctrl-C is noticed.
-        excess, mass = np.float64(0.0), np.float64(0.0)
-        for classes in _engine.slices(logits.shape[-1], _engine.BUFFER_ELEMENTS):
-            of_part = _divergences(log_p[..., classes], None if log_q is None else log_q[..., classes], q[..., classes])
-            excess, mass = excess + of_part[0], mass + of_part[1]
-        # Distributions from logits sum to 1 by their making, others to what they do.
-        losses[first:stop] = (excess if from_logits else excess + (mass - 1.0)).reshape(-1)
     weight = problem.sample_weight
-    if weight is not None:
-        with np.errstate(all="ignore"):
-            losses *= weight
-        losses[weight == 0] = 0.0
-    if grad is not None:
-        q = _engine.Softened(targets, problem.num_threads) if from_logits else targets
+    _engine.divergence_rows(
+        logits, targets, from_logits, losses, weight, scale, grad if from_logits else None, problem.num_threads
+    )
+    if grad is not None and not from_logits:
         constants = {"weight": None, "scale": 1.0 if isinstance(scale, np.ndarray) else scale}
         per_row = {"sample_weight": weight, "scales": scale}
-        cross_entropies = np.empty(len(losses))
-        _engine.soft_rows(logits, cross_entropies, grad, None, q, None, per_row, constants, problem.num_threads)
-
-
-def _activated(logits, num_threads, *, logarithm):
-    """Return the softmax of a block, or its logarithm, in float64 and C order."""
-    with np.errstate(all="ignore"):
-        logits = _engine.flat_copy(logits, np.float64).reshape(logits.shape)
-        if logarithm:
-            _engine.log_softmax_rows(logits, logits, None, num_threads)
-        else:
-            _engine.softmax_rows(logits, logits, num_threads)
-    return logits
-
-
-def _divergences(log_p, log_q, q):
-    """Return, of each row's classes, (sum of q log(q/p) - q + p, sum of q); the logarithms of `q` may be given."""
-    q = q.astype(np.float64, order="C", copy=False)  # NumPy's sums have the bits of the layout
-    with np.errstate(all="ignore"):
-        delta = log_p - (np.log(q) if log_q is None else log_q)
-        p = np.exp(log_p)
-        # e^delta = p/q leaves the range of float64 where q does; p itself does not.
-        terms = np.where(q > 0, np.where(delta > 600, p - q * (1.0 + delta), q * _excess(delta)), p)
-        terms = np.where(np.isnan(q) | np.isnan(log_p), np.nan, terms)
-        return terms.sum(axis=-1), q.sum(axis=-1)
-
-
-def _excess(delta):
-    """Return e^delta - 1 - delta, by its series where that would cancel (12 terms: below 2^-60 for |delta| <= 0.5)."""
-    series = np.ones_like(delta)
-    for k in range(14, 2, -1):
-        series = 1.0 + series * delta / k
-    return np.where(np.abs(delta) <= 0.5, 0.5 * delta * delta * series, np.expm1(delta) - delta)
+        _engine.soft_rows(
+            logits, np.empty(len(losses)), grad, None, targets, None, per_row, constants, problem.num_threads
+        )

@@ -61,6 +61,9 @@ def cases(quick):
         yield f"distribution {shape}", "cross_entropy_with_grad_hess", batch(*shape) | {"targets": soft}
         yield from both(f"divergence {shape}", "kl_divergence", batch(*shape) | {"targets": soft})
         yield from both(f"teacher {shape}", "kl_divergence", batch(*shape) | {"targets": soft, "from_logits": True})
+        weighted = batch(*shape) | {"targets": soft, "sample_weight": rng.random(shape[0])}
+        yield from both(f"weighted divergence {shape}", "kl_divergence", weighted)
+        yield from both(f"weighted teacher {shape}", "kl_divergence", weighted | {"from_logits": True})
     weights = {"weight": rng.random(200).astype(np.float32), "sample_weight": rng.random(5), "reduction": "none"}
     yield from both("weights", "cross_entropy", batch(5, 200) | weights)
     yield from both("weights", "focal_loss", batch(5, 200) | weights)
@@ -74,7 +77,7 @@ def cases(quick):
     factors = {"grad_output": rng.random(5), "reduction": "none"}
     yield "factors", "cross_entropy_with_grad", batch(5, 200) | factors
 
-    yield from cases_of_several_blocks(rng, LAYOUTS if not quick else LAYOUTS[:1] if not SMALL_OBJECTS else [])
+    yield from cases_of_several_blocks(rng, [] if quick and SMALL_OBJECTS else LAYOUTS)
     if not SMALL_OBJECTS:  # NumPy's as_strided, by which these are viewed, does not survive that
         columns = batch(100, 10)
         columns["logits"] = np.ascontiguousarray(columns["logits"].T)

@@ -168,7 +168,7 @@ def test_what_cython_cannot_say_is_c_for_every_compiler_that_is_here(compiler, n
 
 def modules():
     """The names of all compiled modules of this build."""
-    kinds = ("rows", "soft", "binary", "probabilities", "passage")
+    kinds = "rows", "soft", "binary", "divergence", "probabilities", "passage"
     return ["cpu", *(f"{kind}_{target}" for kind in kinds for target in INFO["built_targets"])]
 
 

@@ -4,6 +4,7 @@
 
 exp:  e^r = 1 + r + r^2 * Q(r)            for |r| <= ln2/2, relative error minimised
 log:  log((1+s)/(1-s)) = 2s + s^3 * R(s^2)  for |s| <= (sqrt2-1)/(sqrt2+1), relative error minimised
+log of a ratio: the same                   for |s| <= 1/5, where (1+s)/(1-s) is between 2/3 and 3/2
 tanh: tanh(y) = y + y^3 * T(y^2)           for |y| <= 0.3, relative error minimised
 log1p: log1p(e) = e * P(e)                 for 0 <= e <= 1, relative error minimised
 
@@ -94,9 +95,10 @@ def main():
         high = leading_bits(mp.log(2), bits)
         low = round_value(mp.log(2) - high)
         print(f"    ln2 = {float(high)!r} + {float(low)!r}   {float(high).hex()} + {float(low).hex()}")
-    largest = ((mp.sqrt(2) - 1) / (mp.sqrt(2) + 1)) ** 2 * mp.mpf("1.001")
-    coefficients, error = rounded_fit(log_quotient, lambda z: z / 2, mp.mpf(0), largest, 6, float64)
-    show("log", coefficients, 0, error)
+    for name, largest in (("log", (mp.sqrt(2) - 1) / (mp.sqrt(2) + 1)), ("log of a ratio", mp.mpf(1) / 5)):
+        squares = largest**2 * mp.mpf("1.001")
+        coefficients, error = rounded_fit(log_quotient, lambda z: z / 2, mp.mpf(0), squares, 6, float64)
+        show(name, coefficients, 0, error)
     coefficients, error = rounded_fit(tanh_quotient, lambda z: z, mp.mpf("1e-9"), mp.mpf("0.0901"), 7, float64)
     show("tanh", coefficients, 0, error)
     coefficients, error = rounded_fit(

@@ -158,6 +158,14 @@ cdef inline double total_of(Sum* sums) noexcept nogil:
     return (sums.total[0] + sums.total[2]) + (sums.total[1] + sums.total[3])
 
 
+# An infinite sum has no rounding errors to carry.
+cdef inline double finite_total_of(Sum* sums) noexcept nogil:
+    cdef Py_ssize_t lane
+    for lane in range(LANES):
+        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
+    return total_of(sums)
+
+
 # total[0] + chunk with what the addition rounded off in total[1] (two-sum).
 cdef inline void add_chunk(double* total, double chunk) noexcept nogil:
     cdef double after = total[0] + chunk

@@ -53,6 +53,15 @@ cdef inline Py_ssize_t classes_of(logits) noexcept:
     return cnp.PyArray_DIM(logits, cnp.PyArray_NDIM(logits) - 1)
 
 
+# Whether this is a plain array of the shape and the dtype of logits.
+cdef inline bint is_like(array, logits) noexcept:
+    return (
+        is_plain(array, cnp.PyArray_NDIM(logits))
+        and cnp.PyArray_TYPE(array) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_SAMESHAPE(array, logits)
+    )
+
+
 # Whether this is a plain array of the shape that `logits` have without their classes.
 cdef inline bint are_rows(array, logits) noexcept:
     return (
@@ -72,11 +81,9 @@ cdef inline bint are_apart(out, other) noexcept:
 # Whether `out` is a plain writeable array like `logits`, of one and the same memory or apart from it.
 cdef inline bint is_gradient(out, logits) noexcept:
     return (
-        is_plain(out, cnp.PyArray_NDIM(logits))
-        and is_plain(logits, cnp.PyArray_NDIM(logits))
+        is_plain(logits, cnp.PyArray_NDIM(logits))
+        and is_like(out, logits)
         and cnp.PyArray_ISWRITEABLE(out)
-        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
-        and cnp.PyArray_SAMESHAPE(out, logits)
         and (cnp.PyArray_DATA(out) == cnp.PyArray_DATA(logits) or are_apart(out, logits))
     )
 

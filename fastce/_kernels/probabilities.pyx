@@ -53,7 +53,7 @@ from fastce._kernels.plain cimport (
     copy_losses,
     doubles_of,
     is_denominator,
-    is_plain,
+    is_like,
     is_plain_weight,
     new_array,
     pairwise_sum,
@@ -419,7 +419,7 @@ def plain_probabilities(
         threads == 0
         or overflow
         or not are_few_logits(probs, GENERAL_SLAB_ELEMENTS)
-        or not (are_ids(targets, probs) or (are_distributions(targets, probs) and ignored == DEFAULT_IGNORED))
+        or not (are_ids(targets, probs) or (is_like(targets, probs) and ignored == DEFAULT_IGNORED))
         or not is_denominator(denominator, mean)
         or not (weight is None or is_plain_weight(weight, probs, None, None))
         or not (sample_weight is None or are_plain_factors(sample_weight, probs, None, None))
@@ -464,11 +464,3 @@ def plain_probabilities(
         return pairwise_sum(batch.losses, n_rows) / divisor if divisor != 0.0 else None
     finally:
         free(memory)
-
-
-cdef inline bint are_distributions(targets, probs) noexcept:
-    return (
-        is_plain(targets, cnp.PyArray_NDIM(probs))
-        and cnp.PyArray_TYPE(targets) == cnp.PyArray_TYPE(probs)
-        and cnp.PyArray_SAMESHAPE(targets, probs)
-    )

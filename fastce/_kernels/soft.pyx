@@ -83,6 +83,7 @@ from fastce._kernels.lanes cimport (
     exp_limit,
     exp_terms,
     fill_block,
+    finite_total_of,
     first_largest,
     larger,
     larger_of,
@@ -116,6 +117,7 @@ from fastce._kernels.plain cimport (
     is_for_rows,
     is_gradient,
     is_hessian,
+    is_like,
     is_native,
     is_plain,
     is_plain_factor,
@@ -331,14 +333,6 @@ cdef inline void write_leaving(const floating* like, Py_ssize_t n, Leaving* leav
 cdef inline void end_leaving(const floating* like, Leaving* leaving) noexcept nogil:
     while leaving.left > 0:
         write_leaving(like, smaller(leaving.left, SUM_BLOCK), leaving)
-
-
-# An infinite sum has no rounding errors to carry.
-cdef inline double finite_total_of(Sum* sums) noexcept nogil:
-    cdef Py_ssize_t lane
-    for lane in range(LANES):
-        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
-    return total_of(sums)
 
 
 # ---- one row, first time -------------------------------------------------------------------------------------------
@@ -994,7 +988,7 @@ def plain_general(
         or (hess is not None and not is_hessian(hess, out, logits))
         or not (
             are_entries(indices, values, logits, out, hess) if indices is not None
-            else are_ids(targets, logits) or is_distribution(targets, logits, out, hess)
+            else are_ids(targets, logits) or (is_like(targets, logits) and is_apart_from(targets, out, hess))
         )
         or (weight is not None and not is_plain_weight(weight, logits, out, hess))
         or (sample_weight is not None and not are_plain_factors(sample_weight, logits, out, hess))
@@ -1076,16 +1070,6 @@ def plain_general(
         return (losses, out, hess) if with_hess else (losses, out)
     finally:
         free(batch.losses)
-
-
-# Whether `targets` are distributions of the shape and dtype of the logits, apart from `out` and `hess`.
-cdef inline bint is_distribution(targets, logits, out, hess) noexcept:
-    return (
-        is_plain(targets, cnp.PyArray_NDIM(logits))
-        and cnp.PyArray_TYPE(targets) == cnp.PyArray_TYPE(logits)
-        and cnp.PyArray_SAMESHAPE(targets, logits)
-        and is_apart_from(targets, out, hess)
-    )
 
 
 # Whether `indices` and `values` are those of sparse targets, plain arrays with as many entries for every row, at least

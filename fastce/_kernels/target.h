@@ -542,18 +542,22 @@ static inline void fastce_stream_fence(void) {}
 FASTCE_VECTORS(float, ps)
 FASTCE_VECTORS(double, pd)
 
-/* The largest element of a row, and where it is first; a nan is passed over. The row is read up to the next multiple of
-   16; what lies beyond its end counts for nothing. */
+/* most: the largest element of a row; a nan is passed over. largest: this, and where it is first. The row is read up to
+   the next multiple of 16; what lies beyond its end counts for nothing. */
 #define FASTCE_LARGEST(type, suffix)                                                                                  \
+    static inline type fastce_most_##type(const type *row, ptrdiff_t n)                                               \
+    {                                                                                                                 \
+        __typeof__(FASTCE_ALL((type)0, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                            \
+        for (ptrdiff_t i = 0; i < n; i += FASTCE_STEP(type))                                                          \
+            top = FASTCE_LARGER(FASTCE_FIRST(row + i, n - i, suffix), top, suffix);                                   \
+        return FASTCE_LARGEST_LANE(top, suffix);                                                                      \
+    }                                                                                                                 \
     static inline type fastce_largest_##type(const type *row, ptrdiff_t n, int64_t *place)                            \
     {                                                                                                                 \
         const ptrdiff_t step = FASTCE_STEP(type);                                                                     \
-        __typeof__(FASTCE_ALL((type)0, suffix)) top = FASTCE_ALL(-(type)INFINITY, suffix);                            \
-        ptrdiff_t i, first = n;                                                                                       \
-        for (i = 0; i < n; i += step)                                                                                 \
-            top = FASTCE_LARGER(FASTCE_FIRST(row + i, n - i, suffix), top, suffix);                                   \
-        type most = FASTCE_LARGEST_LANE(top, suffix);                                                                 \
-        for (i -= step; i >= 0; i -= step) {                                                                          \
+        type most = fastce_most_##type(row, n);                                                                       \
+        ptrdiff_t first = n;                                                                                          \
+        for (ptrdiff_t i = (n - 1) / step * step; i >= 0; i -= step) {                                                \
             unsigned equal = FASTCE_EQUAL(FASTCE_LOAD(row + i, suffix), FASTCE_ALL(most, suffix), suffix);            \
             equal &= n - i < step ? (1u << (n - i)) - 1 : ~0u;                                                        \
             first = equal ? i + __builtin_ctz(equal) : first;                                                         \

@@ -124,6 +124,12 @@ FAULTS = [
     Fault("an infinite logit on its target's side costs 0 * inf", KERNELS + "binary.pyx",
           "return near * (x if near != 0 else <floating>0.0)", "return near * x",
           "test_binary.py"),
+    Fault("a divergence's terms have a coefficient of too few digits", KERNELS + "divergence.pyx",
+          "0.28571429407117194", "0.285714",
+          "test_divergence.py"),
+    Fault("a divergence takes no logarithm of a probability below the normal numbers", KERNELS + "divergence.pyx",
+          "p = p if q > 0.0 else 1.0", "p = 1.0",
+          "test_divergence.py"),
     # Options and reductions
     Fault("the mean's denominator ignores weights", KERNELS + "rows.pyx",
           "divisor = summed.total", "divisor = n_live",
@@ -193,7 +199,7 @@ FAULTS = [
 # the processor is compiled once, not for every target.
 SHOWN_BY = {
     "soft.pyx": "soft", "short.pxd": "soft", "general.pxd": "soft", "log_columns.pxd": "soft",
-    "binary.pyx": "binary",
+    "binary.pyx": "binary", "divergence.pyx": "divergence",
     "probabilities.pyx": "probabilities",
     "passage.pyx": "passage", "passage.h": "passage",
     "cpu.pyx": "cpu", "team.h": "cpu",
