@@ -167,7 +167,7 @@ def test_whatever_lies_between_is_rounded_to_nearest_ties_to_even(passage, half,
     assert_rounded(halves, numbers)
 
 
-LAYOUT_SHAPES = [(5,), (3, 7), (70, 20), (4, 5, 6), (2, 3, 70, 18), (3, 130, 5, 9), (1, 6, 1, 4)]
+LAYOUT_SHAPES = [(21, 1024), (5,), (3, 7), (70, 20), (4, 5, 6), (2, 3, 70, 18), (3, 130, 5, 9), (1, 6, 1, 4)]
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64", "uint8"])

@@ -29,6 +29,10 @@ cdef enum:
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     FEW_CLASSES = 16        # of half types that are turned at a time: 4 KB in float32
     GATHERED = 256          # numbers
+    # Rows a multiple of 4 KB apart share the places of the nearest cache, which has room for 8: (1024, 64) took 1.17 ns
+    # a number 64 rows at a time.
+    PAGE = 4096
+    CACHE_WAYS = 8
     # How numbers are stored.
     SAME = 0                # as they are computed with
     HALF = 1
@@ -191,13 +195,22 @@ cdef inline void turn_rows(
     const Block* block, char* array, char* buffer, Py_ssize_t n, const floating* like
 ) noexcept nogil:
     cdef Py_ssize_t n_classes = block.n_classes, step = block.class_stride // block.itemsize
-    cdef Py_ssize_t pitch = block.place // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t pitch = block.place // <Py_ssize_t>sizeof(floating), part, start, size
+    cdef Py_ssize_t together = n if block.place % PAGE else CACHE_WAYS
     if block.storage != SAME:
         turn_halves(block, array, <float*>buffer, n)
-    elif block.is_store:
-        turn(<const floating*>buffer, 1, pitch, <floating*>array, step, 1, n, n_classes)
-    else:
-        turn(<const floating*>array, step, 1, <floating*>buffer, 1, pitch, n, n_classes)
+        return
+    for part in range((n + together - 1) // together):
+        start = part * together
+        size = smaller(together, n - start)
+        if block.is_store:
+            turn(
+                <const floating*>buffer + start * pitch, 1, pitch, <floating*>array + start, step, 1, size, n_classes
+            )
+        else:
+            turn(
+                <const floating*>array + start, step, 1, <floating*>buffer + start * pitch, 1, pitch, size, n_classes
+            )
 
 
 cdef inline void turn_halves(const Block* block, char* array, float* rows, Py_ssize_t n) noexcept nogil:
