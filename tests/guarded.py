@@ -68,6 +68,10 @@ def calls(classes, rows, dtype, rng):
     apart = logits * np.array(40 if dtype == np.float32 else 400, dtype)
     yield "far apart", lambda place: fastce.cross_entropy_with_grad(place(apart), place(ids), out=place(zeros))
     yield "distribution", lambda place: fastce.cross_entropy_with_grad(place(logits), place(soft), out=place(zeros))
+    for teacher in (False, True):
+        yield f"divergence, from_logits={teacher}", lambda place, teacher=teacher: fastce.kl_divergence_with_grad(
+            place(logits), place(soft), from_logits=teacher, out=place(zeros)
+        )
     sparse = np.stack([ids, ids[::-1]], 1)
     yield "sparse", lambda place: fastce.cross_entropy_with_grad(
         place(logits), SparseTargets(place(sparse), place(np.full(sparse.shape, 0.5))), out=place(zeros)

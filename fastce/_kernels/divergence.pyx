@@ -246,8 +246,8 @@ cdef inline void scale(double* numbers, Py_ssize_t n, double factor) noexcept no
         numbers[i] *= factor
 
 
-# The terms of n classes, p = e * inverse and q = f * teacher_inverse; returns how many have q, but no normal p. Whether
-# a number is normal is asked of its bits: comparisons are not counted in vectors of SSE2. (nan may be counted.)
+# The terms of n classes, p = e * inverse and q = f * teacher_inverse; returns how many have q, but no normal p (nan may
+# be counted). Whether a number is normal is asked of its bits: SSE2 counts no comparisons in vectors.
 cdef inline Py_ssize_t compare(
     const double* e, double inverse, const double* f, double teacher_inverse, Py_ssize_t n, double* terms
 ) noexcept nogil:
