@@ -4,7 +4,7 @@ Environment at build time:
     FASTCE_OPENMP=auto|on|off   auto (default) probes the compiler and builds serial, with a message, if it has none
     FASTCE_DEBUG_CHECKS=1       turn Cython's own checks of bounds and None back on
     FASTCE_MODULES=rows_v3,...  build these modules alone (tests/torture/planted_faults.py)
-    FASTCE_OPTIMIZATION=-O2     another level than -O3 (.ci/sanitize, where that takes three times as long to compile)
+    FASTCE_OPTIMIZATION=-O2     another level than -O3, where speed is not looked for (.ci/sanitize, .ci/packaging)
 """
 
 import os
@@ -27,6 +27,8 @@ SOURCES = ("rows", "soft", "binary", "divergence", "probabilities", "passage")  
 # back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
 FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
+# What a debugger wants to know takes a quarter of the compiler's time and eight times the room; CFLAGS=-g asks for it.
+FLAGS += [] if "-g" in shlex.split(os.environ.get("CFLAGS", "")) else ["-g0"]
 # gcc stops inlining when a file has grown by 40 per cent or a large function to twice its size; an exponential that is
 # called takes its loop out of vectors.
 FLAGS += ["--param", "inline-unit-growth=400", "--param", "large-function-growth=2000"]
