@@ -46,7 +46,7 @@ def as_real_array(name, value, *, any_size=False):
 def is_floating(dtype):
     """Return whether a dtype is one of FLOATING; bfloat16 is ml_dtypes'."""
     if dtype.kind == "f":
-        return dtype.itemsize <= 8
+        return dtype.itemsize in (2, 4, 8)
     return dtype.kind == "V" and dtype.name == "bfloat16"  # the name takes a microsecond
 
 

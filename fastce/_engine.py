@@ -521,9 +521,9 @@ class Walk:
 
 
 def bits_of_bfloat(array):
-    """Return `array`, or the bits of one of ml_dtypes' bfloat16, whose number only Python can tell."""
+    """Return `array`, or the bits of one of ml_dtypes' native bfloat16, whose number only Python can tell."""
     dtype = array.dtype
-    return array.view(np.uint16) if dtype.itemsize == 2 and dtype.kind != "f" else array
+    return array.view(np.uint16) if dtype.itemsize == 2 and dtype.kind != "f" and dtype.isnative else array
 
 
 def copy_quietly(place, source):

@@ -297,3 +297,25 @@ def test_torch_s_losses_agree(half, reduction, rng):
     np.testing.assert_allclose(loss, theirs.detach().numpy(), rtol=1e-5)
     unit = 2.0**-11 if half == np.float16 else 2.0**-8
     np.testing.assert_allclose(gradient.astype(float), given.grad.numpy(), rtol=1.1 * unit, atol=1e-7)
+
+
+def test_foreign_byte_order_changes_nothing(half, rng):
+    logits, ids = rng.normal(0, 3, (20, 33)).astype(half), rng.integers(0, 33, 20)
+    masses = rng.random((20, 33)).astype(half)
+    # Not by .byteswap(), which ml_dtypes' bfloat16 does not know.
+    swapped, swapped_masses = (array.astype(half.newbyteorder(">")) for array in (logits, masses))
+    assert_same_bits(fastce.softmax(swapped), fastce.softmax(logits))
+    assert_same_bits(fastce.logsumexp(swapped.T, axis=0), fastce.logsumexp(logits))
+    for targets, foreign in ((ids, ids), (masses, swapped_masses)):
+        loss, grad = fastce.cross_entropy_with_grad(swapped, foreign)
+        expected = fastce.cross_entropy_with_grad(logits, targets)
+        assert loss == expected[0]
+        assert_same_bits(grad, expected[1])
+    assert fastce.kl_divergence(swapped, swapped_masses) == fastce.kl_divergence(logits, masses)
+
+
+def test_float8_is_no_dtype_of_logits():
+    dtypes = pytest.importorskip("ml_dtypes")
+    for dtype in (dtypes.float8_e5m2, dtypes.float8_e4m3fn):
+        with pytest.raises(TypeError, match="float16, bfloat16, float32 or float64"):
+            fastce.softmax(np.zeros((2, 3), dtype))

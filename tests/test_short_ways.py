@@ -1,5 +1,8 @@
 """Calls whose arguments are used as they lie: the bits and the errors of calls that check them one by one."""
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 
@@ -210,3 +213,40 @@ def test_ignored_rows_may_have_no_class_left():
     mask = np.array([[True, True], [False, False]])
     loss = fastce.cross_entropy(np.zeros((2, 2)), np.array([0, -100]), class_mask=mask)
     assert loss == pytest.approx(np.log(2))
+
+
+def distributions_by_row(logits):
+    return fastce.cross_entropy(logits, np.full(logits.shape, 0.5, logits.dtype), reduction="none")
+
+
+def probabilities_by_row(probs):
+    return fastce.cross_entropy_from_probs(probs, np.zeros(len(probs), int), reduction="none")
+
+
+@pytest.mark.parametrize("function", [distributions_by_row, probabilities_by_row])
+def test_an_array_that_changes_its_shape_during_a_call_does_no_harm(function):
+    # Results once had the shape that the logits had when the kernel was done, and the length that they had before.
+    rows, classes = 3000, 100
+    numbers = np.full((rows, classes), 1 / classes, np.float32)
+    stop = threading.Event()
+
+    def reshape():
+        while not stop.is_set():
+            for shape in ((numbers.size,), (rows, classes)):
+                numbers.shape = shape
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=reshape)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                losses = function(numbers)
+            except (ValueError, TypeError):  # the other shape came first
+                continue
+            assert losses.size in (1, rows)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)

@@ -12,6 +12,7 @@ cimport numpy as cnp
 
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport Rounding, larger, round_as_before, round_to_nearest, smaller
+from fastce._kernels.plain cimport MAX_AXES
 from fastce._kernels.tiles cimport STRIP, turn
 from fastce._kernels.vexp cimport floating
 
@@ -24,7 +25,6 @@ cdef extern from "passage.h" nogil:
 cnp.import_array()
 
 cdef enum:
-    MAX_AXES = 64           # of an array of NumPy's
     GIL_ELEMENTS = 4096     # blocks below keep the GIL
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     FEW_CLASSES = 16        # of half types that are turned at a time: 4 KB in float32

@@ -20,6 +20,8 @@ ctypedef fused narrow:
 
 cdef enum:
     MAX_THREADS = 256
+    MAX_AXES = 64           # of an array of NumPy's
+    DEFAULT_IGNORED = -100  # of ignore_index; with soft targets no other is meant
     # Larger batches are walked in slabs, between which Ctrl-C is noticed (_engine.py, where these stand too).
     SLAB_ELEMENTS = 1 << 24
     GENERAL_SLAB_ELEMENTS = 1 << 22

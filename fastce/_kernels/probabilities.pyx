@@ -28,7 +28,6 @@ cimport numpy as cnp
 
 from fastce._kernels.cpu cimport team_for
 from fastce._kernels.lanes cimport (
-    LANES,
     PREFETCH_BYTES,
     SUM_BLOCK,
     Rounding,
@@ -36,14 +35,15 @@ from fastce._kernels.lanes cimport (
     add_block,
     buffer_elements,
     clear,
+    finite_total_of,
     larger,
     next_line,
     round_as_before,
     round_to_nearest,
     smaller,
-    total_of,
 )
 from fastce._kernels.plain cimport (
+    DEFAULT_IGNORED,
     GENERAL_SLAB_ELEMENTS,
     are_few_logits,
     are_ids,
@@ -78,7 +78,6 @@ cdef enum:
     TASK_ELEMENTS = 16384   # the least that a thread takes at a time
     TASKS_PER_THREAD = 8    # so that a thread that starts late or is slow is not waited for
     GIL_ELEMENTS = 2048     # batches below keep the GIL
-    DEFAULT_IGNORED = -100  # of ignore_index; with distributions no other is meant
 
 
 # One call's rows. Either `ids` or `distributions` are NULL, and what is not wanted of the weights.
@@ -166,14 +165,6 @@ cdef inline double sum_long_row(
         for block in range(buffer_elements(n) // SUM_BLOCK):
             add_block(<const double*>terms + block * SUM_BLOCK, &sums)
     return finite_total_of(&sums)
-
-
-# An infinite sum has no rounding errors to carry.
-cdef inline double finite_total_of(Sum* sums) noexcept nogil:
-    cdef Py_ssize_t lane
-    for lane in range(LANES):
-        sums.error[lane] = sums.error[lane] if fabs(sums.total[lane]) < INFINITY else 0.0
-    return total_of(sums)
 
 
 # ---- a block of rows -----------------------------------------------------------------------------------------------
@@ -434,6 +425,8 @@ def plain_probabilities(
     batch.distributions = NULL if by_id else <char*>cnp.PyArray_DATA(targets)
     batch.probs_stride = batch.distributions_stride = n_classes * cnp.PyArray_ITEMSIZE(probs)
     batch.tolerance = tolerance32 if single else tolerance64
+    # While the kernel runs other threads do, and may give the probabilities another shape.
+    losses = new_array(probs, cnp.PyArray_NDIM(probs) - 1) if reduction == "none" else None
     own_bytes = memory_for(n_rows, n_classes, threads)
     memory = <char*>malloc((4 * n_rows + n_classes) * sizeof(double) + own_bytes)
     if memory == NULL:
@@ -455,8 +448,7 @@ def plain_probabilities(
             or run(&batch, threads, single) >= 0
         ):
             return None
-        if reduction == "none":
-            losses = new_array(probs, cnp.PyArray_NDIM(probs) - 1)
+        if losses is not None:
             copy_losses(losses, batch.losses, n_rows)
             return losses
         if mean:

@@ -621,9 +621,9 @@ cdef void fill_batch(
     batch.memory = <char*>cnp.PyArray_DATA(memory)
 
 
-# The plain case in one call: C-contiguous native logits with the classes last, int64 or int32 ids, options that are
-# numbers or plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None and
-# nothing has been written.
+# The plain case in one call: C-contiguous native logits with the classes last, ids of any integer dtype, options that
+# are numbers or plain arrays. Whatever is not plain, errors included, is left to the general way: the answer is None
+# and nothing has been written.
 def plain_cross_entropy(
     logits, targets, out, bint with_grad, hess, bint with_hess, weight, sample_weight, ignore_index, label_smoothing,
     logit_scale, softcap, z_loss, class_mask, str reduction, denominator, num_threads, grad_output,
@@ -675,8 +675,14 @@ def plain_cross_entropy(
     set_options(&batch, logit_scale, label_smoothing, z_loss, kind == cnp.NPY_FLOAT32)
     if class_mask is not None:
         set_mask(&batch, <uint8_t*>cnp.PyArray_DATA(class_mask), mask_stride_of(class_mask, logits))
+    if with_grad and out is None:
+        out = new_array(logits, cnp.PyArray_NDIM(logits))
+    if with_hess and hess is None:
+        hess = new_array(logits, cnp.PyArray_NDIM(logits))
+    losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
     n_bytes = memory_of(&batch, threads, kind == cnp.NPY_FLOAT32)
-    memory = <char*>malloc((7 * n_rows + n_classes) * sizeof(double) + n_bytes)
+    n_bytes += 2 * n_rows * sizeof(double) if kind_of_loss != NO_TARGET_LOSS else 0
+    memory = <char*>malloc((5 * n_rows + n_classes) * sizeof(double) + n_bytes)
     if memory == NULL:
         raise MemoryError("fastce could not allocate its working memory")
     batch.losses = <double*>memory
@@ -686,7 +692,7 @@ def plain_cross_entropy(
     row_weights = batch.losses + 4 * n_rows
     batch.weight = doubles_of(weight, batch.losses + 5 * n_rows)
     results = batch.losses + 5 * n_rows + n_classes
-    batch.memory = <char*>(results + 2 * n_rows)
+    batch.memory = <char*>(results + (2 * n_rows if kind_of_loss != NO_TARGET_LOSS else 0))
     try:
         n_live = copy_ids(<cnp.ndarray>targets, batch.ids, n_rows, n_classes, ignored)
         if n_live < 0:
@@ -712,16 +718,11 @@ def plain_cross_entropy(
         batch.scale = grad_output if type(grad_output) is float else 1.0
         if mean:
             batch.scale = batch.scale / divisor
-        if with_grad and out is None:
-            out = new_array(logits, cnp.PyArray_NDIM(logits))
-        if with_hess and hess is None:
-            hess = new_array(logits, cnp.PyArray_NDIM(logits))
         batch.logits = <char*>cnp.PyArray_DATA(logits)
         batch.out = <char*>cnp.PyArray_DATA(out) if with_grad else NULL
         batch.logits_stride = n_classes * cnp.PyArray_ITEMSIZE(logits)
         batch.hess = <char*>cnp.PyArray_DATA(hess) if with_hess else NULL
         batch.out_stride = batch.hess_stride = batch.logits_stride
-        losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
         if kind_of_loss == NO_TARGET_LOSS:
             take_any_batch(&batch, threads, kind == cnp.NPY_FLOAT32)
             results = batch.losses

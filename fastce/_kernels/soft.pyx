@@ -101,7 +101,9 @@ from fastce._kernels.lanes cimport (
 )
 from fastce._kernels.log_columns cimport take_log_columns
 from fastce._kernels.plain cimport (
+    DEFAULT_IGNORED,
     GENERAL_SLAB_ELEMENTS,
+    MAX_AXES,
     are_few_logits,
     are_ids,
     are_integers,
@@ -161,8 +163,6 @@ cdef enum:
     ROWS_KEPT = 3           # one that leaves, one that is summed, one whose largest logit is looked for
     TASK_ELEMENTS = 8192    # the least that a thread takes at a time
     GIL_ELEMENTS = 2048     # batches below keep the GIL
-    MAX_AXES = 64           # of an array of NumPy's
-    DEFAULT_IGNORED = -100  # of ignore_index; with distributions no other is meant
     SLACK_BYTES = 128       # before each buffer of pieces: what exp_last_block writes in front of a short last piece
 
 
@@ -1022,6 +1022,12 @@ def plain_general(
         batch.n_entries = cnp.PyArray_DIM(indices, cnp.PyArray_NDIM(indices) - 1)
     elif are_ids(targets, logits):
         batch.n_entries = 1
+    # While masses are checked other threads run, and may give the logits another shape.
+    if with_grad and out is None:
+        out = new_array(logits, cnp.PyArray_NDIM(logits))
+    if with_hess and hess is None:
+        hess = new_array(logits, cnp.PyArray_NDIM(logits))
+    losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
     n_bytes = memory_for(n, batch.n_classes, cnp.PyArray_ITEMSIZE(logits), threads)
     numbers = <double*>malloc(((3 + 2 * batch.n_entries) * n + batch.n_classes) * sizeof(double) + n_bytes)
     if numbers == NULL:
@@ -1054,14 +1060,9 @@ def plain_general(
         batch.scale = grad_output if type(grad_output) is float else 1.0
         if mean:
             batch.scale = batch.scale / divisor
-        if with_grad and out is None:
-            out = new_array(logits, cnp.PyArray_NDIM(logits))
-        if with_hess and hess is None:
-            hess = new_array(logits, cnp.PyArray_NDIM(logits))
         batch.out = data_of(out) if with_grad else NULL
         batch.hess = data_of(hess) if with_hess else NULL
         batch.out_stride = batch.hess_stride = batch.logits_stride
-        losses = new_array(logits, cnp.PyArray_NDIM(logits) - 1) if reduction == "none" else None
         run(&batch, kind == cnp.NPY_FLOAT32, threads)
         if losses is None:
             losses = pairwise_sum(batch.losses, n) / (divisor if mean else 1.0)
