@@ -27,11 +27,11 @@ SOURCES = ("rows", "soft", "binary", "divergence", "probabilities", "passage")  
 # back -fno-trapping-math with -fno-unsafe-math-optimizations, and choices then are branches, not vectors.
 FLAGS = ["-O3", "-fno-unsafe-math-optimizations", "-fno-associative-math"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
-# What a debugger wants to know takes a quarter of the compiler's time and eight times the room; CFLAGS=-g asks for it.
-FLAGS += [] if "-g" in shlex.split(os.environ.get("CFLAGS", "")) else ["-g0"]
 # gcc stops inlining when a file has grown by 40 per cent or a large function to twice its size; an exponential that is
 # called takes its loop out of vectors.
 FLAGS += ["--param", "inline-unit-growth=400", "--param", "large-function-growth=2000"]
+# What a debugger wants to know takes a quarter of the compiler's time and eight times the room; CFLAGS=-g asks for it.
+SYMBOLS = [] if "-g" in shlex.split(os.environ.get("CFLAGS", "")) else ["-g0"]
 OPTIMIZATION = os.environ.get("FASTCE_OPTIMIZATION", "-O3")  # of two levels the later one counts
 # What a later -Ofast in the user's CFLAGS would break is refused by target.h; what -march=native there would break
 # (a baseline that needs the builder's machine) is undone here: these flags come last.
@@ -87,7 +87,7 @@ def extension(module, source, target, openmp):
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("FASTCE_OPENMP", "1" if openmp else "0"),
         ],
-        extra_compile_args=[*FLAGS, OPTIMIZATION, *TARGETS[target], *openmp],
+        extra_compile_args=[*FLAGS, *SYMBOLS, OPTIMIZATION, *TARGETS[target], *openmp],
         extra_link_args=[*LINK_FLAGS, *openmp],
         libraries=["m"] if os.name == "posix" else [],
         depends=["setup.py", *(str(path) for pattern in ("*.h", "*.pxd") for path in sorted(KERNELS.glob(pattern)))],
