@@ -3,7 +3,7 @@
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcpy
 
 cimport numpy as cnp
 
@@ -66,12 +66,16 @@ cdef inline bint is_like(array, logits) noexcept:
 
 # Whether this is a plain array of the shape that `logits` have without their classes.
 cdef inline bint are_rows(array, logits) noexcept:
-    return (
-        is_plain(array, cnp.PyArray_NDIM(logits) - 1)
-        and memcmp(
-            cnp.PyArray_DIMS(array), cnp.PyArray_DIMS(logits), cnp.PyArray_NDIM(array) * sizeof(cnp.npy_intp)
-        ) == 0
-    )
+    return is_plain(array, cnp.PyArray_NDIM(logits) - 1) and begins_like(array, logits, cnp.PyArray_NDIM(array))
+
+
+# Whether two arrays have the first axes in common. Not by memcmp: an array without axes has no memory for them.
+cdef inline bint begins_like(array, logits, int n_axes) noexcept:
+    cdef int i
+    for i in range(n_axes):
+        if cnp.PyArray_DIM(array, i) != cnp.PyArray_DIM(logits, i):
+            return False
+    return True
 
 
 cdef inline bint are_apart(out, other) noexcept:

@@ -20,7 +20,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from libc.math cimport INFINITY, NAN, fabs
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
 
@@ -109,6 +109,7 @@ from fastce._kernels.plain cimport (
     are_integers,
     are_plain_factors,
     are_plain_numbers,
+    begins_like,
     classes_of,
     copy_ids,
     copy_losses,
@@ -1083,9 +1084,7 @@ cdef inline bint are_entries(indices, values, logits, out, hess) noexcept:
         and are_integers(indices)
         and is_native(values)
         and cnp.PyArray_SAMESHAPE(indices, values)
-        and memcmp(
-            cnp.PyArray_DIMS(indices), cnp.PyArray_DIMS(logits), (n_axes - 1) * sizeof(cnp.npy_intp)
-        ) == 0
+        and begins_like(indices, logits, n_axes - 1)
         and cnp.PyArray_SIZE(indices) > 0
         and is_apart_from(indices, out, hess)
         and is_apart_from(values, out, hess)
