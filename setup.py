@@ -4,7 +4,7 @@ Environment at build time:
     FASTCE_OPENMP=auto|on|off   auto (default) probes the compiler and builds serial, with a message, if it has none
     FASTCE_DEBUG_CHECKS=1       turn Cython's own checks of bounds and None back on
     FASTCE_MODULES=rows_v3,...  build these modules alone (tests/torture/planted_faults.py)
-    FASTCE_OPTIMIZATION=-O2     another level than -O3, where speed is not looked for (.ci/sanitize, .ci/packaging)
+    FASTCE_OPTIMIZATION=-O1     another level than -O3, where speed is not looked for (.ci/sanitize, .ci/packaging)
 """
 
 import os
