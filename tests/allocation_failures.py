@@ -57,7 +57,7 @@ def short_cases(rng, quick):
         for suffix in ("", "_with_grad"):
             yield name, function + suffix, arguments
 
-    for shape in ((3, 5), (4, 96), (3, 130), (5, 200), (2, 5000), *([] if quick else [(3, 70_000)])):
+    for shape in ((3, 5), (4, 96), (3, 130), (5, 200), (4, 1000), (2, 5000), *([] if quick else [(3, 70_000)])):
         yield from both(f"plain {shape}", "cross_entropy", batch(*shape))
         yield f"plain {shape}", "cross_entropy_with_grad_hess", batch(*shape)
         yield f"{shape}", "cross_entropy_stats", batch(*shape)
