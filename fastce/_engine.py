@@ -192,9 +192,8 @@ def cross_entropy_rows(
     dtype = computing_dtype(logits.dtype)
     options = options or {}
     if hess is None and mask is None and not options and n_classes <= kernels.MAX_COLUMN_CLASSES:
-        columns = as_columns(logits, dtype)
-        grads = None if out is None or columns is None else as_columns(out, dtype)
-        if columns is not None and (out is None or (grads is not None and grads.shape == columns.shape)):
+        columns, grads = both_as_columns(logits, out, dtype)
+        if columns is not None:
             column_rows(columns, grads, ids, losses, scale, scales, num_threads, weight, sample_weight)
             return
     # All memory that the walk needs is had before the first block is written.
@@ -237,6 +236,15 @@ def column_parts(shape, step):
     for groups, columns in product(slices(n_groups, max(1, step // n)), slices(n, step)):
         part = slice(groups.start * n + columns.start, (groups.stop - 1) * n + columns.stop)
         yield (groups, slice(None), columns), part
+
+
+def both_as_columns(logits, out, dtype):
+    """Return logits and what they become, which may be None, as of as_columns; (None, None) unless both lie so."""
+    columns = as_columns(logits, dtype)
+    places = None if out is None or columns is None else as_columns(out, dtype)
+    if out is not None and (places is None or places.shape != columns.shape):
+        return None, None
+    return columns, places
 
 
 def as_columns(array, dtype):
@@ -327,8 +335,8 @@ def softmax_rows(logits, out, num_threads):
     dtype = computing_dtype(logits.dtype)
     slab = slab_rows(n_classes, num_threads)
     if n_classes <= kernels.MAX_STRIDED_CLASSES:
-        columns, places = as_columns(logits, dtype), as_columns(out, dtype)
-        if columns is not None and places is not None and places.shape == columns.shape:
+        columns, places = both_as_columns(logits, out, dtype)
+        if columns is not None:
             memory = np.empty(kernels.strided_memory_needed(n_rows, n_classes, dtype == np.float32, num_threads), "u1")
             for index, _ in column_parts(columns.shape, slab):
                 kernels.softmax_columns(columns[index], places[index], memory, num_threads)
@@ -350,9 +358,8 @@ def log_softmax_rows(logits, out, lse, num_threads):
     dtype = computing_dtype(logits.dtype)
     slab = slab_rows(n_classes, num_threads, GENERAL_SLAB_ELEMENTS)
     if n_classes <= soft.MAX_STRIDED_CLASSES:
-        columns = as_columns(logits, dtype)
-        places = None if out is None or columns is None else as_columns(out, dtype)
-        if columns is not None and (out is None or (places is not None and places.shape == columns.shape)):
+        columns, places = both_as_columns(logits, out, dtype)
+        if columns is not None:
             memory = np.empty(soft.strided_memory_needed(n_rows, n_classes, dtype.itemsize, num_threads), "u1")
             for index, part in column_parts(columns.shape, slab):
                 values = None if places is None else places[index]
